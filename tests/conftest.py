@@ -1,0 +1,49 @@
+"""What every test gets: one thread, a fixed seed, the machine's device."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads; subprocesses inherit it
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+# A deadline fails at random on a busy machine; fixed examples make a failure repeatable.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+# tests/kernels needs torch alone; a GPU machine may hold nothing more.
+MISSING = [name for name in ("timm", "hydra", "lightning") if find_spec(name) is None]
+collect_ignore = ["nat_models", "configs", "e2e", "packaging"] if MISSING else []
+
+
+def pytest_report_header() -> str | None:
+    return f"only tests/kernels: {', '.join(MISSING)} not installed" if MISSING else None
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def compose() -> Callable[..., Any]:
+    """compose(NAME, *OVERRIDES): the configuration of a command, as Hydra makes it."""
+    import hydra
+
+    from nat_models.cli import config_dir
+
+    def compose(name: str, *overrides: str) -> Any:
+        with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+            return hydra.compose(name, overrides=list(overrides))
+
+    return compose
