@@ -1,0 +1,201 @@
+"""Building blocks shared by the model families. Feature maps are channels-last: [B, H, W, C]."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models import checkpoint_seq, register_notrace_module
+from torch import Tensor, nn
+
+from neighborhood_attention import NeighborhoodAttention2D
+
+# Whether a map is padded depends on its size: symbolic tracing must not look inside.
+register_notrace_module(NeighborhoodAttention2D)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block around a given attention: `x + attn(norm(x))`, then `x + mlp(norm(x))`.
+
+    Each branch has its own layer scale (arXiv:2103.17239) and stochastic depth (arXiv:1603.09382).
+
+    Args:
+        dim: Channels C of the map.
+        attn: Attention, [B, H, W, C] -> [B, H, W, C].
+        mlp_ratio: Hidden width of the MLP as a multiple of `dim`, rounded down.
+        layer_scale: Initial value of the layer scales, None for no layer scale.
+        proj_drop: Dropout probability inside the MLP.
+        drop_path: Probability of dropping a branch for a sample.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+
+    Shape: [B, H, W, C] -> [B, H, W, C].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+
+        def scale() -> nn.Module:
+            if layer_scale is None:
+                return nn.Identity()
+            return LayerScale(dim, layer_scale, device=device, dtype=dtype)
+
+        def stochastic_depth() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.attn = attn
+        self.ls1 = scale()
+        self.drop_path1 = stochastic_depth()
+
+        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
+        self.ls2 = scale()
+        self.drop_path2 = stochastic_depth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+def neighborhood_attention_block(
+    dim: int,
+    num_heads: int,
+    kernel_size: int,
+    dilation: int = 1,
+    mlp_ratio: float = 4.0,
+    qkv_bias: bool = True,
+    layer_scale: float | None = None,
+    proj_drop: float = 0.0,
+    attn_drop: float = 0.0,
+    drop_path: float = 0.0,
+    attention_backend: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TransformerBlock:
+    """Transformer block with the published models' neighborhood attention.
+
+    It has a relative positional bias, and a map smaller than `kernel_size * dilation` is padded.
+
+    Arguments are those of `TransformerBlock` and `NeighborhoodAttention2D`.
+    """
+    attn = NeighborhoodAttention2D(
+        dim,
+        num_heads,
+        kernel_size,
+        dilation=dilation,
+        qkv_bias=qkv_bias,
+        rel_pos_bias=True,
+        attn_drop=attn_drop,
+        proj_drop=proj_drop,
+        pad_small_inputs=True,
+        backend=attention_backend,
+        device=device,
+        dtype=dtype,
+    )
+    return TransformerBlock(
+        dim, attn, mlp_ratio, layer_scale, proj_drop, drop_path, device=device, dtype=dtype
+    )
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, after the layer that brings the map to it.
+
+    The downsampler comes first, so that a stage's output is the feature map of its resolution, as
+    timm's feature extraction expects. (The original code downsamples at the end of a level.)
+
+    Args:
+        downsample: Layer applied before the blocks, `nn.Identity()` in the first stage.
+        blocks: The transformer blocks.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class ConvTokenizer(nn.Module):
+    """Overlapping stem of NAT: two 3x3 convolutions, then a LayerNorm.
+
+    Args:
+        in_chans: Channels of the image.
+        embed_dim: Channels C of the map, half of them after the first convolution.
+        strides: Stride of each convolution; each divides the sides, rounding up.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+
+    Shape: image [B, in_chans, H, W] -> map [B, H', W', C].
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        strides: Sequence[int] = (2, 2),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        half, (first, second) = embed_dim // 2, strides
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, half, 3, first, padding=1, device=device, dtype=dtype),
+            nn.Conv2d(half, embed_dim, 3, second, padding=1, device=device, dtype=dtype),
+        )
+        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images into maps."""
+        x = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return x
+
+
+class ConvDownsampler(nn.Module):
+    """Overlapping downsampler of NAT: 3x3 convolution of stride 2, then a LayerNorm.
+
+    Args:
+        dim: Channels C of the incoming map; the outgoing one has twice as many.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+
+    Shape: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2C].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(
+            dim, 2 * dim, 3, 2, padding=1, bias=False, device=device, dtype=dtype
+        )
+        self.norm = nn.LayerNorm(2 * dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve a map, double its channels."""
+        # Permuting is free: the convolution runs in channels-last memory format.
+        x = self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return x

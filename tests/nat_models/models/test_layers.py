@@ -1,0 +1,93 @@
+"""The building blocks, each against its definition."""
+
+import pytest
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from nat_models.models.layers import (
+    ConvDownsampler,
+    ConvTokenizer,
+    Stage,
+    TransformerBlock,
+    neighborhood_attention_block,
+)
+
+
+def test_block_adds_both_branches():
+    block = TransformerBlock(8, nn.Linear(8, 8), mlp_ratio=1.5, layer_scale=0.5)
+    nn.init.normal_(block.ls2.gamma)
+    x = torch.randn(2, 3, 5, 8)
+    middle = x + 0.5 * block.attn(block.norm1(x))
+    hidden = nn.functional.gelu(block.mlp.fc1(block.norm2(middle)))
+    assert hidden.shape[-1] == 12
+    torch.testing.assert_close(block(x), middle + block.ls2.gamma * block.mlp.fc2(hidden))
+
+
+def test_block_norms_as_the_published_models():
+    block = TransformerBlock(8, nn.Identity())
+    assert block.norm1.eps == block.norm2.eps == 1e-5
+    assert not any("gamma" in name for name, _ in block.named_parameters())
+
+
+def test_stochastic_depth_drops_whole_branches():
+    block = TransformerBlock(8, nn.Identity(), drop_path=0.5)
+    assert isinstance(block.drop_path1, DropPath)
+    x = torch.randn(64, 2, 2, 8)
+    attended = x + 2 * block.norm1(x)
+    mlp_dropped = [
+        any(torch.allclose(out, candidate[i], atol=1e-5) for candidate in (x, attended))
+        for i, out in enumerate(block.train()(x))
+    ]
+    assert 10 < sum(mlp_dropped) < 54
+
+
+def test_neighborhood_block_sees_its_window_only():
+    block = neighborhood_attention_block(16, num_heads=2, kernel_size=3, dilation=2).double()
+    nn.init.normal_(block.attn.qkv.weight)
+    x = torch.randn(1, 9, 11, 16, dtype=torch.float64, requires_grad=True)
+    block(x)[0, 4, 5].sum().backward()
+    seen = x.grad[0].abs().sum(-1).nonzero().tolist()
+    assert seen == [[i, j] for i in (2, 4, 6) for j in (3, 5, 7)]
+
+
+def test_neighborhood_block_takes_small_maps():
+    block = neighborhood_attention_block(16, num_heads=2, kernel_size=7)
+    assert block(torch.randn(1, 2, 9, 16)).shape == (1, 2, 9, 16)
+
+
+@pytest.mark.parametrize(
+    ("strides", "size"), [((2, 2), (8, 9)), ((2, 1), (16, 17)), ((1, 1), (31, 33))]
+)
+def test_tokenizer_rounds_up(strides, size):
+    tokenizer = ConvTokenizer(2, 12, strides)
+    assert tokenizer(torch.randn(1, 2, 31, 33)).shape == (1, *size, 12)
+
+
+def test_tokenizer_ends_with_a_norm():
+    tokens = ConvTokenizer(3, 16)(torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 8, 8), atol=1e-5, rtol=0)
+
+
+def test_downsampler_convolves_then_norms():
+    downsampler = ConvDownsampler(8)
+    x = torch.randn(1, 5, 8, 8)
+    expected = nn.functional.conv2d(
+        x.permute(0, 3, 1, 2), downsampler.reduction.weight, stride=2, padding=1
+    ).permute(0, 2, 3, 1)
+    assert downsampler(x).shape == (1, 3, 4, 16)
+    torch.testing.assert_close(downsampler(x), downsampler.norm(expected))
+
+
+def test_downsampler_needs_no_copy_between_layouts():
+    x = torch.randn(1, 6, 8, 8).permute(0, 3, 1, 2)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    reduced = ConvDownsampler(8).reduction(x)
+    assert reduced.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_stage_downsamples_first():
+    stage = Stage(ConvDownsampler(8), [nn.Linear(16, 16), nn.Tanh()])
+    x = torch.randn(1, 4, 4, 8)
+    expected = stage.blocks[0](stage.downsample(x)).tanh()
+    torch.testing.assert_close(stage(x), expected)
