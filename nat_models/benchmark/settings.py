@@ -1,0 +1,100 @@
+"""What nat-bench measures, checked before any work."""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from neighborhood_attention import backends
+
+CHOICES = {
+    "passes": ["inference", "training"],
+    "execution": ["eager", "compiled", "cuda_graphs"],
+    "precision": ["float32", "bfloat16", "float16"],
+    "attention_backend": backends(),
+}
+LEAST = {"batch_size": 1, "input_size": 1, "warmup": 1, "rounds": 1, "seed": 0}
+
+
+@dataclass
+class Settings:
+    """The keys of configs/bench.yaml, with `auto` resolved and single values made lists."""
+
+    models: list[str]
+    passes: list[str]
+    execution: list[str]
+    batch_size: list[int]
+    input_size: int | None
+    precision: str
+    channels_last: bool
+    attention_backend: str | None
+    device: str
+    warmup: int
+    rounds: int
+    round_seconds: float
+    seed: int
+    output: Path
+
+    def __post_init__(self) -> None:
+        """Check the values; OmegaConf has checked their types."""
+        for key, choices in CHOICES.items():
+            for value in _values(self, key):
+                if value not in choices:
+                    raise ValueError(f"{key}={value}: expected one of {choices}")
+        for key, least in LEAST.items():
+            for value in _values(self, key):
+                if value < least:
+                    raise ValueError(f"{key}={value}: expected at least {least}")
+        if not self.round_seconds > 0:
+            raise ValueError(f"round_seconds={self.round_seconds}: expected more than 0")
+        if "cuda_graphs" in self.execution and not self.device.startswith("cuda"):
+            raise ValueError(f"execution=cuda_graphs: device={self.device} has no CUDA graphs")
+        if self.output.is_dir():
+            raise ValueError(f"output={self.output}: expected a file, this is a folder")
+        for name in self.models:
+            if not timm.is_model(name):
+                close = get_close_matches(name, timm.list_models())
+                raise ValueError(f"models={name}: timm knows no such model; close: {close}")
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "Settings":
+        """Resolve a composed configs/bench.yaml.
+
+        Raises:
+            ValueError: A value has the wrong type or is not allowed; the message names its key.
+        """
+        config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        values = {field.name: config[field.name] for field in fields(cls)}
+        values["device"] = _device(values["device"])
+        on_gpu = values["device"].startswith("cuda")
+        if values["execution"] == "auto":
+            values["execution"] = ["eager", "compiled"] if on_gpu else ["eager"]
+        if values["precision"] == "auto":
+            values["precision"] = "bfloat16" if on_gpu else "float32"
+        for key in ("models", "passes", "execution", "batch_size"):
+            if not isinstance(values[key], list):
+                values[key] = [values[key]]
+            if not values[key]:
+                raise ValueError(f"{key}=[]: expected at least one value")
+        return cast(
+            Settings, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        )
+
+
+def _values(settings: Settings, key: str) -> list[Any]:
+    value = getattr(settings, key)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from error
+    return name
