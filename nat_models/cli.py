@@ -1,0 +1,69 @@
+"""The commands nat-train, nat-eval and nat-bench; train.py and eval.py are doors to two of them."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+_log = logging.getLogger(__name__)
+
+
+def config_dir() -> str:
+    """Folder of the configurations: the installed package's, else the checkout's."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return str(inside if inside.is_dir() else package.parent / "configs")
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
+def train(cfg: DictConfig) -> Any:
+    """nat-train: returns the objective, for sweeps."""
+    from nat_models.engine import run
+
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:  # each job of a sweep has its own folder
+        cfg.paths.output_dir = hydra_config.runtime.output_dir
+    return _run(run.train, cfg)
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="eval")
+def evaluate(cfg: DictConfig) -> Any:
+    """nat-eval."""
+    from nat_models.engine import run
+
+    return _run(run.evaluate, cfg)
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="bench")
+def bench(cfg: DictConfig) -> Any:
+    """nat-bench."""
+    from nat_models import benchmark
+
+    return _run(benchmark.run, cfg)
+
+
+def _run(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Run a command: bad input ends in one line and exit code 2, a stop (SIGTERM) in 143."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from nat_models.engine.console import set_up_logging
+    from nat_models.errors import ConfigError
+
+    set_up_logging()
+    try:
+        return work(cfg)
+    except (ConfigError, NotImplementedError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        _log.error("error: %s", error)
+        sys.exit(2)
+    except SIGTERMException:
+        _log.info("told to stop: saved, continue with ckpt=last")
+        sys.exit(143)

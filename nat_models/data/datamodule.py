@@ -1,0 +1,255 @@
+"""Images from any source, as batches for training and evaluation.
+
+Work is divided as in timm's loaders: worker processes decode, crop and augment to uint8, and the
+device normalises, erases and mixes whole batches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from PIL.Image import Image
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.loader import fast_collate
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
+from nat_models.data.sources import class_indices, num_classes, open_dataset
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageDataModule(LightningDataModule):
+    """Data sets, transforms and loaders of one run.
+
+    Size, crop, interpolation and normalisation follow the model's `pretrained_cfg` where they are
+    not given here. In order: `open`, build the model, `follow(model)`, give this to a Trainer.
+
+    Args:
+        name: Data set, see `open_dataset`; so are root, class_map and options.
+        root: See above.
+        train_split: Name of the split to train on.
+        val_split: Name of the split to evaluate on.
+        class_map: See above.
+        options: See above.
+        input_size: Channels, height and width that the model is fed; one channel: grey.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        interpolation: Of resizing: "bilinear", "bicubic", ...
+        crop_pct: Share of the resized image's side that the evaluation's centre crop keeps.
+        batch_size: Images a step and process.
+        num_workers: Processes that load; 0 loads in the training process.
+        augment: Training transforms, arguments of `timm.data.create_transform`.
+        mixup: Arguments of `timm.data.Mixup`; None: off.
+        seed: Seed of order, augmentation and mixup.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | None = None,
+        train_split: str = "train",
+        val_split: str = "validation",
+        class_map: str | dict[str, int] | None = None,
+        options: dict[str, Any] | None = None,
+        input_size: list[int] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        augment: dict[str, Any] | None = None,
+        mixup: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if mixup is not None and batch_size % 2:
+            raise ValueError(f"data.batch_size={batch_size}: mixup needs an even number")
+        self.save_hyperparameters()
+        self.settings: Any = self.hparams
+        self.sources: dict[str, Dataset[Any]] = {}
+        self.config: dict[str, Any] = {}
+        self._normalise = Normalise((0.0,), (1.0,))
+        self._erase: RandomErasing | None = None
+        self._mix: Mixup | None = None
+        self._epoch = self._batches_done = 0
+
+    def open(self, training: bool) -> None:
+        """Find the images of the held-out split, and of the training split if asked.
+
+        Raises:
+            ValueError: The data is not there, or its splits do not belong together.
+        """
+        s = self.settings
+        parts = {"train": s.train_split, "val": s.val_split} if training else {"val": s.val_split}
+        for part, split in parts.items():
+            self.sources[part] = open_dataset(
+                s.name, s.root, split, part == "train", s.class_map, s.options
+            )
+        if training:
+            self._check_splits()
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes in the data, None if its source does not say."""
+        return num_classes(next(iter(self.sources.values())))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images in each opened split."""
+        return {part: len(source) for part, source in self.sources.items()}  # type: ignore[arg-type]
+
+    def follow(self, model: nn.Module) -> None:
+        """Take what is not given here from the model: image size, crop, normalisation, classes."""
+        self.config = resolve_data_config(dict(self.hparams), model=model)
+        augment = self.settings.augment or {}
+        self._normalise = Normalise(self.config["mean"], self.config["std"])
+        if probability := augment.get("re_prob", 0.0):
+            mode, count = augment.get("re_mode", "const"), augment.get("re_count", 1)
+            self._erase = RandomErasing(probability, mode=mode, max_count=count)
+        if self.settings.mixup:
+            mixup = {"label_smoothing": 0.0, **self.settings.mixup}
+            self._mix = Mixup(**mixup, num_classes=model.num_classes)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of uint8 images and class indices, from where a resumed trainer stands."""
+        assert self.trainer is not None
+        augment = {**(self.settings.augment or {}), "is_training": True}
+        data = self._transformed("train", **augment)
+        seed = self.settings.seed
+        sampler = EpochSampler(data, seed, self.trainer.global_rank, self.trainer.world_size)
+        sampler.set_epoch(self._epoch, self._batches_done * self.settings.batch_size)
+        return self._loader(SeededDataset(data, seed), sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Batches of uint8 images and class indices; over all ranks each image comes once."""
+        assert self.trainer is not None
+        data = self._transformed("val")
+        share = range(self.trainer.global_rank, len(data), self.trainer.world_size)
+        return self._loader(data, share, drop_last=False)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the run stands: the epoch to go on with, and how many of its batches are done."""
+        assert self.trainer is not None
+        loop: Any = self.trainer.fit_loop
+        batches = loop.epoch_loop.batch_progress
+        done = 0 if batches.is_last_batch else batches.current.processed
+        return {"epoch": loop.epoch_progress.current.processed, "batches_done": done}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next training loader begin there."""
+        self._epoch, self._batches_done = state_dict["epoch"], state_dict["batches_done"]
+
+    def example(self) -> tuple[Tensor, NDArray[np.uint8]]:
+        """The held-out image in the middle, as the model is fed and as uint8 [H, W(, 3)]."""
+        data = self._transformed("val")
+        pixels = torch.as_tensor(data[len(data) // 2][0])
+        picture = pixels.permute(1, 2, 0).squeeze(-1).numpy()
+        return self._normalise(pixels), picture
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Seed what follows in a training step: erasing, mixup, dropout."""
+        assert self.trainer is not None
+        if self.trainer.training:
+            batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            place = (self.trainer.current_epoch, batches, self.trainer.global_rank)
+            seed_rngs(self.settings.seed, *place)
+        return batch
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalise; in training also erase and mix, targets to probabilities [B, classes]."""
+        assert self.trainer is not None
+        images, targets = batch
+        images = self._normalise(images)
+        if self.trainer.training:
+            if self._erase:
+                self._erase.device = images.device
+                images = self._erase(images)
+            if self._mix:
+                images, targets = self._mix(images, targets)
+        return images, targets
+
+    def _transformed(self, part: str, **augment: Any) -> "TransformedDataset":
+        # use_prefetcher: timm's transforms then end in uint8 tensors, as for its own loader.
+        options = {**self.config, "use_prefetcher": True, **augment}
+        mode = "L" if self.config["input_size"][0] == 1 else "RGB"
+        return TransformedDataset(self.sources[part], create_transform(**options), mode)
+
+    def _loader(self, data: Dataset[Any], sampler: Any, drop_last: bool) -> DataLoader[Batch]:
+        workers = self.settings.num_workers
+        return DataLoader(
+            data,
+            batch_size=self.settings.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=fast_collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _check_splits(self) -> None:
+        s, train, val = self.settings, self.sources["train"], self.sources["val"]
+        if self.sizes["train"] < s.batch_size:
+            raise ValueError(
+                f"data.batch_size={s.batch_size}: there are {self.sizes['train']} training images"
+            )
+        splits = f"data.root={s.root}: the splits {s.train_split!r} and {s.val_split!r}"
+        if s.name == "folder" and train.reader.root == val.reader.root:  # type: ignore[attr-defined]
+            raise ValueError(f"{splits} are the same folder; expected a folder for each")
+        if class_indices(train) != class_indices(val):
+            ours, theirs = set(class_indices(train) or {}), set(class_indices(val) or {})
+            raise ValueError(
+                f"{splits} have different classes, such as {sorted(ours ^ theirs)[:5]}"
+            )
+
+
+class Normalise:
+    """uint8 images to floats of the given mean and standard deviation, on the images' device.
+
+    Args:
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
+        self.std = torch.tensor(std).view(-1, 1, 1) * 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] to fp32 of the same shape."""
+        if self.mean.device != images.device:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return images.float().sub_(self.mean).div_(self.std)
+
+
+class TransformedDataset(Dataset[Any]):
+    """Applies a transform to the images of another data set.
+
+    Args:
+        source: Data set of (PIL image, class index).
+        transform: PIL image to tensor.
+        mode: PIL mode that the transform expects: "RGB" or "L" (grey).
+    """
+
+    def __init__(
+        self, source: Dataset[Any], transform: Callable[[Image], Tensor], mode: str
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.mode = mode
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.source[index]
+        if image.mode != self.mode:
+            image = image.convert(self.mode)
+        return self.transform(image), target
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]

@@ -1,0 +1,6 @@
+"""Training and evaluation."""
+
+from nat_models.engine.module import Classifier
+from nat_models.engine.run import evaluate, train
+
+__all__ = ["Classifier", "evaluate", "train"]

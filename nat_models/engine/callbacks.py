@@ -1,0 +1,150 @@
+"""What Lightning's own callbacks do not do."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import rich
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.optim import Optimizer
+
+_log = logging.getLogger(__name__)
+
+
+class ProgressBar(RichProgressBar):
+    """A bar on a terminal; none where output goes to a file or a pipe."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=int(rich.get_console().is_terminal))
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Metrics at the end of the bar, without the loggers' version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class FiniteGuard(Callback):
+    """Stops a run before a non-finite gradient reaches the weights."""
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Check all gradients.
+
+        Raises:
+            FloatingPointError: One of them is infinite or not a number.
+        """
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # fp16 overflows now and then; its scaler skips such steps
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise FloatingPointError(
+                f"step {trainer.global_step}: the loss or a gradient is not finite; the weights "
+                "are those of the step before. A lower optimizer.lr may help"
+            )
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves after every epoch and when the run is told to stop (SIGTERM).
+
+    Lightning stops between two steps, also between those of a validation, which it cannot resume
+    there: so a validation is finished first.
+    """
+
+    _told_to_stop = False
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Put a stop off."""
+        signals = trainer._signal_connector
+        self._told_to_stop |= signals.received_sigterm
+        signals.received_sigterm = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up a stop again."""
+        trainer._signal_connector.received_sigterm |= self._told_to_stop
+        super().on_validation_end(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save between two training steps; other exceptions may come in the middle of one."""
+        self.save_on_exception = isinstance(exception, SIGTERMException) and not trainer.validating
+        super().on_exception(trainer, pl_module, exception)
+
+
+class History(Callback):
+    """Loss and accuracy of each epoch: printed, and kept in the checkpoints to survive a resume."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self._loss_sum: Tensor | float = 0.0
+        self._batches = 0
+        self._clock = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._clock = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Add the batch's loss, without waiting for the device."""
+        self._loss_sum = self._loss_sum + outputs["loss"].detach().double()
+        self._batches += 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the epoch and print it."""
+        now = time.monotonic()
+        epoch = {
+            "train/loss": float(self._loss_sum) / max(1, self._batches),
+            "seconds": now - self._clock,
+        }
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("val/"):
+                epoch[name] = float(value)
+        self.epochs.append(epoch)
+        self._loss_sum, self._batches, self._clock = 0.0, 0, now
+        self._print(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All finished epochs, and the running sum of the one in progress."""
+        return {
+            "epochs": self.epochs,
+            "loss_sum": float(self._loss_sum),
+            "batches": self._batches,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.epochs = state_dict["epochs"]
+        self._loss_sum, self._batches = state_dict["loss_sum"], state_dict["batches"]
+
+    def _print(self, trainer: Trainer) -> None:
+        epoch, total = self.epochs[-1], str(trainer.max_epochs)
+        line = (
+            f"epoch {len(self.epochs):>{len(total)}}/{total}  train loss {epoch['train/loss']:.3f}"
+        )
+        if "val/loss" in epoch:
+            line += f"  held-out loss {epoch['val/loss']:.3f}  {accuracy(epoch)}"
+        _log.info("%s  %5.1f s", line, epoch["seconds"])
+
+
+def accuracy(metrics: Mapping[str, float]) -> str:
+    """Top-1 and top-5 for people: "top-1 97.50 %  top-5 99.90 %"."""
+    return f"top-1 {metrics['val/top1']:6.2%}  top-5 {metrics['val/top5']:6.2%}".replace("%", " %")

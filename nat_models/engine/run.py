@@ -1,0 +1,231 @@
+"""The order of events: all is checked and built, then work starts, then results are written."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from nat_models import viz
+from nat_models.checkpoints import load_weights
+from nat_models.data import ImageDataModule
+from nat_models.engine import facts
+from nat_models.engine.callbacks import History, ProgressBar, accuracy
+from nat_models.engine.checkpoint_io import AtomicCheckpointIO
+from nat_models.engine.console import log_to_file
+from nat_models.engine.module import Classifier, neighborhood_attentions
+from nat_models.engine.trained import TrainedRun
+from nat_models.errors import bad_input
+
+_log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> float:
+    """Train, evaluate the best checkpoint, leave pictures and records beside it.
+
+    Args:
+        cfg: Composed from configs/train.yaml.
+
+    Returns:
+        The held-out metric that `cfg.objective` names.
+
+    Raises:
+        ConfigError: A value cannot be used; raised before any work, and names its key.
+    """
+    with bad_input():
+        resumed = TrainedRun.read(_resume_path(cfg)) if cfg.ckpt else None
+        _set_up_torch(cfg)
+        data: ImageDataModule = instantiate(
+            cfg.data,
+            augment=cfg.augment.transform,
+            mixup=cfg.augment.mixup,
+            seed=cfg.seed,
+            _convert_="all",
+        )
+        data.open(training=True)
+        model = _plain(cfg.model)
+        model["num_classes"] = model["num_classes"] or data.num_classes
+        module: Classifier = instantiate(
+            cfg.task, model=model, optimizer=cfg.optimizer, scheduler=cfg.scheduler, _convert_="all"
+        )
+        module.schedule(cfg.trainer.max_epochs, updates_per_epoch=1)
+        data.follow(module.model)
+        _check_classes(data, module)
+        if resumed:
+            resumed.check_same_model(model)
+            load_weights(module, resumed.state_dict, resumed.path)
+            cfg.paths.output_dir = str(resumed.path.parent)
+        output = Path(cfg.paths.output_dir)
+        trainer = _trainer(cfg)
+        _claim(output, resuming=resumed is not None)
+    with log_to_file(output / "train.log"):
+        _record_start(output, cfg, trainer, module, data)
+        trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+        best = output / "best.ckpt"
+        # Not by the trainer's ckpt_path, which would take the callbacks back to that epoch too.
+        load_weights(module, TrainedRun.read(best).state_dict, best)
+        [metrics] = trainer.validate(module, data, verbose=False)
+        _record_end(output, metrics, trainer, module, data)
+        _log.info("%s  %s", accuracy(metrics), best)
+    objective: float = metrics[cfg.objective]
+    return objective
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Evaluate a checkpoint of a training run, or a model by name, on held-out images.
+
+    Args:
+        cfg: Composed from configs/eval.yaml.
+
+    Returns:
+        Held-out loss and accuracies by name.
+
+    Raises:
+        ConfigError: A value cannot be used; raised before any work, and names its key.
+    """
+    with bad_input():
+        if not cfg.ckpt and not cfg.model.name:
+            raise ValueError("expected ckpt=PATH or model.name=NAME")
+        trained = TrainedRun.read(Path(cfg.ckpt)) if cfg.ckpt else None
+        _set_up_torch(cfg)
+        given = _plain(cfg.model)
+        module = trained.module(given) if trained else Classifier(model=given)
+        data = _evaluation_data(cfg, trained)
+        data.open(training=False)
+        data.follow(module.model)
+        _check_classes(data, module)
+        trainer = _trainer(cfg, logger=False)
+    for name, value in facts.describe(trainer, module, data).items():
+        _log.info("%-10s %s", name, value)
+    [metrics] = trainer.validate(module, data, verbose=False)
+    _log.info("%s  %s", accuracy(metrics), cfg.ckpt or given["name"])
+    return dict(metrics)
+
+
+def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:
+    if cfg.data.name is not None:
+        data: ImageDataModule = instantiate(cfg.data, _convert_="all")
+        return data
+    if trained is None:
+        raise ValueError(
+            "data: expected a data set (data=imagefolder data.root=FOLDER, or another), or a "
+            "checkpoint that knows its own (ckpt=PATH)"
+        )
+    return trained.data({k: v for k, v in _plain(cfg.data).items() if v is not None})
+
+
+def _trainer(cfg: DictConfig, **options: Any) -> Trainer:
+    """Instantiate the trainer with the callbacks and loggers of the configuration."""
+    if "logger" in cfg:
+        options["logger"] = [instantiate(c) for c in (cfg.logger or {}).values() if c]
+    if cfg.trainer.precision == "auto":
+        options["precision"] = _precision(cfg.trainer.accelerator)
+    callbacks: list[Callback] = [instantiate(c) for c in (cfg.callbacks or {}).values() if c]
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+        _convert_="all",
+        **options,
+    )
+    return trainer
+
+
+def _precision(accelerator: str) -> str:
+    on_cuda = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if on_cuda else "32-true"
+
+
+def _set_up_torch(cfg: DictConfig) -> None:
+    if cfg.threads is not None:
+        if cfg.threads < 1:
+            raise ValueError(f"threads={cfg.threads}: expected at least 1")
+        torch.set_num_threads(cfg.threads)
+    if "seed" in cfg:
+        if cfg.seed not in range(2**32):
+            raise ValueError(f"seed={cfg.seed}: expected an integer from 0 to {2**32 - 1}")
+        seed_everything(cfg.seed, verbose=False)
+
+
+def _resume_path(cfg: DictConfig) -> Path:
+    if cfg.ckpt != "last":
+        return Path(cfg.ckpt)
+    folder = Path(cfg.paths.root, cfg.name)
+    found = sorted(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"ckpt=last: there is no last.ckpt under {folder}")
+    return found[-1]
+
+
+def _check_classes(data: ImageDataModule, module: Classifier) -> None:
+    classes, outputs = data.num_classes, module.model.num_classes
+    # With a class map the data may show a part of the model's classes.
+    fits = classes is None or classes == outputs or (data.settings.class_map and classes < outputs)
+    if not fits:
+        raise ValueError(
+            f"data.name={data.settings.name}: has {classes} classes, the model has {outputs}; "
+            "set model.num_classes, or data.class_map for a part of the model's classes"
+        )
+
+
+@rank_zero_only
+def _claim(output: Path, resuming: bool) -> None:
+    """Make the run's folder; two runs must not write to one."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".writable").touch()
+        (output / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(
+            f"paths.output_dir={output}: expected a folder that can be written to: {error}"
+        ) from error
+    if not resuming and (output / "last.ckpt").exists():
+        raise ValueError(
+            f"paths.output_dir={output}: holds another run; continue it with "
+            f"ckpt={output}/last.ckpt or choose another folder"
+        )
+
+
+@rank_zero_only
+def _record_start(
+    output: Path, cfg: DictConfig, trainer: Trainer, module: Classifier, data: ImageDataModule
+) -> None:
+    lines = facts.describe(trainer, module, data)
+    for name, value in {**lines, "output": str(output)}.items():
+        _log.info("%-10s %s", name, value)
+    OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+    _write_json(output / "environment.json", {**facts.environment(trainer), **lines})
+
+
+@rank_zero_only
+def _record_end(
+    output: Path,
+    metrics: Any,
+    trainer: Trainer,
+    module: Classifier,
+    data: ImageDataModule,
+) -> None:
+    _write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
+    for history in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(history, History) and history.epochs:
+            viz.curves(history.epochs).savefig(output / "curves.png")
+    if neighborhood_attentions(module.model):
+        image, picture = data.example()
+        device = trainer.strategy.root_device  # a finished trainer has moved the model off it
+        figure = viz.neighborhoods(module.model.to(device), image.to(device), picture)
+        figure.savefig(output / "neighborhoods.png")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return dict(plain)

@@ -1,0 +1,85 @@
+"""A training run as its checkpoint tells it: which model, which data, which weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nat_models.checkpoints import CheckpointError, load_weights
+from nat_models.data import ImageDataModule
+from nat_models.engine.module import Classifier
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The plain contents of a training checkpoint.
+
+    Attributes:
+        path: The file.
+        hparams: Arguments of its `Classifier`.
+        data_hparams: Arguments of its `ImageDataModule`.
+        state_dict: Weights of its `Classifier`.
+    """
+
+    path: Path
+    hparams: dict[str, Any]
+    data_hparams: dict[str, Any]
+    state_dict: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "TrainedRun":
+        """Read a checkpoint without running code from it.
+
+        Raises:
+            CheckpointError: There is no such file, it is damaged, or not of a training run.
+        """
+        if not path.is_file():
+            raise CheckpointError(path, "no such file (ckpt)")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files fail in many ways
+            reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+            raise CheckpointError(path, f"damaged, or not a checkpoint: {reason}") from error
+        try:
+            return cls(
+                path=path,
+                hparams=content["hyper_parameters"],
+                data_hparams=content["datamodule_hyper_parameters"],
+                state_dict=content["state_dict"],
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                path, f"not the checkpoint of a training run: no {error}"
+            ) from error
+
+    def module(self, given: dict[str, Any]) -> Classifier:
+        """The trained classifier.
+
+        Args:
+            given: Arguments of `build_model` asked for now; those that are set must be the
+                checkpoint's, but for the attention backend.
+
+        Raises:
+            ValueError: They are of another model.
+            CheckpointError: The weights do not fit.
+        """
+        self.check_same_model(given)
+        backend = given.get("attention_backend")
+        model = {**self.hparams["model"], "pretrained": False, "attention_backend": backend}
+        module = Classifier(**{**self.hparams, "model": model})
+        load_weights(module, self.state_dict, self.path)
+        return module
+
+    def data(self, given: dict[str, Any]) -> ImageDataModule:
+        """The data trained with, its arguments replaced where new ones are given."""
+        return ImageDataModule(**{**self.data_hparams, "augment": None, "mixup": None, **given})
+
+    def check_same_model(self, given: dict[str, Any]) -> None:
+        """Raise ValueError if a model is asked for that is not the checkpoint's."""
+        ours = self.hparams["model"]
+        for key in ("name", "num_classes"):
+            if given.get(key) is not None and given[key] != ours[key]:
+                raise ValueError(
+                    f"model.{key}={given[key]}: the checkpoint {self.path} has {ours[key]}"
+                )

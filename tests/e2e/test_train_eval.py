@@ -1,0 +1,77 @@
+"""The two commands, on real images."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nat_models.engine import run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    import hydra
+
+    from nat_models.cli import config_dir
+
+    output = tmp_path_factory.mktemp("digits")
+    options = [
+        "data=digits",
+        "data.input_size=[1,16,16]",
+        "data.batch_size=32",
+        "trainer.accelerator=cpu",
+    ]
+    options += ["trainer.max_epochs=2", "optimizer.lr=3e-3", f"paths.output_dir={output}"]
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        cfg = hydra.compose("train", overrides=options)
+    return output, run.train(cfg)
+
+
+def test_training_learns(trained):
+    assert trained[1] > 0.75  # chance: 0.1
+
+
+def test_evaluation_reproduces_the_number(trained, compose):
+    output, top1 = trained
+    metrics = run.evaluate(compose("eval", f"ckpt={output}/best.ckpt", "trainer.accelerator=cpu"))
+    assert metrics["val/top1"] == top1
+    recorded = json.loads((output / "metrics.json").read_text())
+    assert recorded == {name: pytest.approx(value, abs=1e-6) for name, value in metrics.items()}
+
+
+def test_records_lie_beside_the_checkpoint(trained):
+    output, _ = trained
+    names = {path.name for path in output.iterdir()}
+    assert {"best.ckpt", "last.ckpt", "config.yaml", "environment.json", "train.log"} <= names
+    assert list(output.glob("csv/version_0/metrics.csv"))
+    assert list(output.glob("tensorboard/version_0/events*"))
+    log = (output / "train.log").read_text()
+    assert "attention  backend reference (automatic on cpu)" in log
+    assert log.splitlines()[-1].endswith("best.ckpt")
+    for name in ("curves.png", "neighborhoods.png"):
+        pixels = np.asarray(Image.open(output / name).convert("L"))
+        assert min(pixels.shape) > 400
+        assert pixels.std() > 10
+
+
+def test_any_model_by_name_on_a_folder_of_images(compose, tmp_path):
+    noise = np.random.default_rng(0)
+    for label in ("a", "b", "c"):
+        folder = tmp_path / "val" / label
+        folder.mkdir(parents=True)
+        for i in range(2):
+            pixels = noise.integers(0, 256, (50, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.jpeg")
+    options = [
+        "data=imagefolder",
+        f"data.root={tmp_path}",
+        "data.num_workers=0",
+        "model.num_classes=3",
+    ]
+    options += ["trainer.accelerator=cpu"]
+    own = ["model.name=nat_tiny", "data.input_size=[3,64,64]"]
+    for model in (own, ["model.name=test_vit"]):
+        metrics = run.evaluate(compose("eval", *options, *model))
+        assert metrics["val/top1"] * 6 == pytest.approx(round(metrics["val/top1"] * 6))
+        assert metrics["val/top5"] == 1.0

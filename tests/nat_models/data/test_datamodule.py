@@ -1,0 +1,150 @@
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from lightning import Trainer
+from torch import nn
+
+from nat_models.data import ImageDataModule
+
+
+def attached(data: ImageDataModule, model: nn.Module, training: bool = True, **trainer: Any) -> Any:
+    """Open the data for a model and give it to a trainer that stands at the start of training."""
+    data.open(training)
+    data.follow(model)
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **trainer)
+    data.trainer.training = training
+    return data
+
+
+def model_of(input_size: tuple[int, int, int], classes: int = 10) -> Any:
+    channels = input_size[0]
+    cfg = {
+        "input_size": input_size,
+        "mean": (0.25,) * channels,
+        "std": (0.5,) * channels,
+        "crop_pct": 0.5,
+    }
+    model: Any = nn.Identity()
+    model.pretrained_cfg, model.num_classes = cfg, classes
+    return model
+
+
+def on_device(data: ImageDataModule, batch: Any) -> Any:
+    return data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+
+
+def test_evaluation_follows_the_models_pretrained_cfg(image_folder):
+    data = attached(
+        ImageDataModule("folder", str(image_folder)), model_of((3, 10, 10)), training=False
+    )
+    images, targets = next(iter(data.val_dataloader()))
+    assert images.dtype == torch.uint8
+    assert images.shape == (6, 3, 10, 10)
+    assert targets.tolist() == [0, 0, 1, 1, 2, 2]
+    normalised, _ = on_device(data, (images, targets))
+    torch.testing.assert_close(normalised, (images / 255 - 0.25) / 0.5)
+    # crop_pct 0.5: the image's shorter side becomes 20, of which the middle 10 are kept
+    transform = timm.data.create_transform(
+        (3, 10, 10), crop_pct=0.5, interpolation="bicubic", mean=(0.25,) * 3, std=(0.5,) * 3
+    )
+    torch.testing.assert_close(normalised[0], transform(data.sources["val"][0][0]))
+
+
+def test_own_arguments_go_before_the_models_and_one_channel_is_grey(image_folder):
+    own = {"input_size": [1, 12, 12], "mean": [0.0], "std": [1.0]}
+    data = attached(
+        ImageDataModule("folder", str(image_folder), **own), model_of((3, 10, 10)), training=False
+    )
+    images, _ = on_device(data, next(iter(data.val_dataloader())))
+    assert images.shape == (6, 1, 12, 12)
+
+
+def test_training_batches_repeat_exactly_whatever_the_workers(image_folder):
+    augment = {
+        "scale": [0.2, 1.0],
+        "auto_augment": "rand-m9-mstd0.5",
+        "re_prob": 0.5,
+        "re_mode": "pixel",
+    }
+
+    def batches(workers: int, seed: int = 0) -> list[torch.Tensor]:
+        data = ImageDataModule(
+            "folder", str(image_folder), batch_size=4, num_workers=workers, augment=augment,
+            mixup={"mixup_alpha": 0.8, "cutmix_alpha": 1.0}, seed=seed,
+        )  # fmt: skip
+        attached(data, model_of((3, 16, 16), classes=3))
+        mixed = [on_device(data, batch) for batch in data.train_dataloader()]
+        assert all(targets.shape == (4, 3) for _, targets in mixed)
+        torch.testing.assert_close(torch.cat([t for _, t in mixed]).sum(1), torch.ones(12))
+        return [images for images, _ in mixed]
+
+    ours = batches(0)
+    assert all(map(torch.equal, ours, batches(2)))
+    assert not any(map(torch.equal, ours, batches(0, seed=1)))
+
+
+def test_restored_loader_goes_on_where_the_state_says(image_folder):
+    data = ImageDataModule("folder", str(image_folder), batch_size=4, augment={"no_aug": True})
+    attached(data, model_of((3, 16, 16), classes=3))
+    data.load_state_dict({"epoch": 1, "batches_done": 0})
+    epoch = [images for images, _ in data.train_dataloader()]
+    data.load_state_dict({"epoch": 1, "batches_done": 2})
+    loader = data.train_dataloader()
+    rest = [images for images, _ in loader]
+    assert (len(rest), len(loader)) == (1, 3)
+    assert torch.equal(rest[0], epoch[2])
+
+
+def test_state_is_the_next_batch_to_train_on(image_folder):
+    data = attached(
+        ImageDataModule("folder", str(image_folder), batch_size=4), model_of((3, 16, 16))
+    )
+    loop = data.trainer.fit_loop
+    loop.epoch_progress.current.processed = 1
+    loop.epoch_loop.batch_progress.current.processed = 2
+    assert data.state_dict() == {"epoch": 1, "batches_done": 2}
+    loop.epoch_loop.batch_progress.is_last_batch = True
+    assert data.state_dict() == {"epoch": 1, "batches_done": 0}
+
+
+def test_ranks_evaluate_every_image_once(image_folder):
+    seen = []
+    for rank in range(4):
+        data = attached(ImageDataModule("folder", str(image_folder)), model_of((3, 16, 16)), False)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=4)
+        seen += [image for images, _ in data.val_dataloader() for image in images]
+    assert len(seen) == 6
+    assert len({image.numpy().tobytes() for image in seen}) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 13}, r"data\.batch_size=13: there are 12 training images"),
+        (
+            {"batch_size": 3, "mixup": {"mixup_alpha": 1.0}},
+            r"data\.batch_size=3: mixup needs an even",
+        ),
+    ],
+)
+def test_bad_batch_size(image_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageDataModule("folder", str(image_folder), **arguments).open(training=True)
+
+
+def test_splits_must_have_the_same_classes(image_folder):
+    shutil.rmtree(image_folder / "val" / "dog")
+    with pytest.raises(
+        ValueError, match=r"'train' and 'validation' have different classes.*\['dog'\]"
+    ):
+        ImageDataModule("folder", str(image_folder), batch_size=2).open(training=True)
+
+
+def test_training_and_held_out_images_must_not_be_the_same_folder(image_folder):
+    root = str(image_folder / "train")
+    with pytest.raises(ValueError, match=rf"data\.root={root}: .*'train' and 'validation'.*same"):
+        ImageDataModule("folder", root, batch_size=2).open(training=True)

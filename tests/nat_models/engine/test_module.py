@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from nat_models.engine.module import Classifier, build_model, neighborhood_attentions
+
+
+def classifier(**arguments) -> Classifier:
+    return Classifier(model={"name": "test_vit", "num_classes": 4, "img_size": 32}, **arguments)
+
+
+def loader(targets: torch.Tensor, batch_size: int = 4) -> DataLoader:
+    return DataLoader(TensorDataset(torch.randn(len(targets), 3, 32, 32), targets), batch_size)
+
+
+def trainer(**options) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **options)
+
+
+def test_loss_takes_indices_and_probabilities_with_smoothing():
+    module = classifier(label_smoothing=0.1).eval()
+    module.log = lambda *_, **__: None
+    images, indices = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 3, 0])
+    smooth = torch.full((5, 4), 0.1 / 4)
+    smooth[torch.arange(5), indices] += 0.9
+    expected = -(smooth * module(images).log_softmax(-1)).sum(-1).mean()
+    one_hot = torch.eye(4)[indices]
+    torch.testing.assert_close(module.training_step((images, indices), 0), expected)
+    torch.testing.assert_close(module.training_step((images, one_hot), 0), expected)
+
+
+def test_accuracy_counts_every_image_once_also_in_a_short_last_batch():
+    module = classifier().eval()
+    data = loader(torch.tensor([0, 1, 2, 3, 0, 1, 2]), batch_size=3)
+    [metrics] = trainer().validate(module, data, verbose=False)
+    images, targets = (torch.stack(column) for column in zip(*data.dataset, strict=True))
+    with torch.no_grad():
+        logits = module(images)
+    assert metrics["val/top1"] == pytest.approx(
+        (logits.argmax(-1) == targets).float().mean().item()
+    )
+    assert metrics["val/top5"] == 1.0  # of four classes
+    assert metrics["val/loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, targets).item()
+    )
+
+
+def test_schedule_warms_up_then_falls_to_its_minimum_every_step():
+    rates = []
+
+    class Watched(Classifier):
+        def training_step(self, batch, batch_idx):
+            rates.append(self.optimizers().param_groups[0]["lr"])
+            return super().training_step(batch, batch_idx)
+
+    module = Watched(
+        model={"name": "test_vit", "num_classes": 4, "img_size": 32},
+        optimizer={"opt": "adamw", "lr": 1e-2},
+        scheduler={
+            "sched": "cosine",
+            "warmup_epochs": 1,
+            "warmup_lr": 0.0,
+            "min_lr": 1e-4,
+            "cooldown_epochs": 1,
+        },
+    )
+    trainer(max_epochs=4).fit(module, loader(torch.arange(16) % 4))
+    steps = torch.arange(16)
+    cosine = 1e-4 + 0.5 * (1e-2 - 1e-4) * (1 + torch.cos(math.pi * steps / 12))
+    expected = torch.where(steps < 4, steps / 4 * 1e-2, torch.where(steps < 12, cosine, 1e-4))
+    torch.testing.assert_close(torch.tensor(rates), expected.float())
+
+
+def test_biases_and_norms_are_not_decayed():
+    module = classifier(optimizer={"opt": "adamw", "lr": 1e-3, "weight_decay": 0.1})
+    fitted = trainer(max_epochs=1)
+    fitted.fit(module, loader(torch.arange(4)))
+    decay = {p: g["weight_decay"] for g in fitted.optimizers[0].param_groups for p in g["params"]}
+    assert len(decay) == len(list(module.parameters()))
+    assert decay[module.model.head.weight] == 0.1
+    assert decay[module.model.head.bias] == decay[module.model.norm.weight] == 0.0
+
+
+def test_backend_is_set_on_every_neighborhood_attention():
+    model = build_model("nat_demo", attention_backend="reference")
+    assert [a.backend for a in neighborhood_attentions(model).values()] == ["reference"] * 4
+    assert {a.backend for a in neighborhood_attentions(build_model("nat_demo")).values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": None}, r"model\.name is not set"),
+        (
+            {"name": "nat_tinny"},
+            r"model\.name=nat_tinny: timm has no such model; did you mean nat_tiny",
+        ),
+        (
+            {"name": "nat_demo", "attention_backend": "best"},
+            r"model\.attention_backend=best: expected one of",
+        ),
+        (
+            {"name": "test_vit", "attention_backend": "fused"},
+            r"test_vit has no neighborhood attention",
+        ),
+    ],
+)
+def test_bad_model_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(**arguments)

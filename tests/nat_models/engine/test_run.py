@@ -1,0 +1,138 @@
+"""Bad input is refused before any work, in one message, and leaves no folder behind."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nat_models.engine import run
+from nat_models.errors import ConfigError
+
+FAKE = ["data=fake", "data.options={size:8,image_size:[3,8,8],num_classes:3}", "data.batch_size=4"]
+TINY = [
+    *FAKE,
+    "augment=none",
+    "model.name=test_vit",
+    "+model.img_size=32",
+    "data.input_size=[3,32,32]",
+]
+QUIET = ["callbacks.progress=null", "trainer.accelerator=cpu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A run of two steps."""
+    import hydra
+
+    from nat_models.cli import config_dir
+
+    output = tmp_path_factory.mktemp("run")
+    options = [*TINY, *QUIET, "trainer.max_epochs=1", f"paths.output_dir={output}"]
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        cfg = hydra.compose("train", overrides=options)
+    run.train(cfg)
+    return output / "best.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=imagefolder", "data.root=no/where"], r"data\.root=no/where: expected a folder"),
+        (["model.name=nat_nano"], r"model\.name=nat_nano: timm has no such model"),
+        (["+model.kernel=3"], r"model\.name=test_vit: .*unexpected keyword argument 'kernel'"),
+        (["model.num_classes=7"], r"data\.name=fake: has 3 classes, the model has 7"),
+        (["optimizer.opt=adamww"], r"optimizer=.*adamww not found"),
+        (["optimizer.lr=fast"], r"optimizer=.*'lr': 'fast'"),
+        (["scheduler.sched=cosinus"], r"scheduler=.*cosinus"),
+        (["trainer.precision=7"], r"Precision 7 is invalid"),
+        (["threads=0"], r"threads=0: expected at least 1"),
+        (["seed=-1"], r"seed=-1: expected an integer from 0"),
+        (["ckpt=no/last.ckpt"], r"no/last\.ckpt: no such file"),
+        (["ckpt=last", "name=never"], r"ckpt=last: there is no last\.ckpt under .*never"),
+    ],
+)
+def test_train_refuses(compose, tmp_path, overrides, message):
+    paths = [f"paths.root={tmp_path}", f"paths.output_dir={tmp_path}/run"]
+    with pytest.raises(ConfigError, match=message):
+        run.train(compose("train", *TINY, *QUIET, *paths, *overrides))
+    assert os.listdir(tmp_path) == []
+
+
+def test_train_refuses_a_folder_that_cannot_be_written(compose, tmp_path):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError, match=rf"paths\.output_dir={output}: expected a folder"):
+        run.train(compose("train", *TINY, *QUIET, f"paths.output_dir={output}"))
+
+
+def test_train_refuses_the_folder_of_another_run(compose, checkpoint):
+    output = checkpoint.parent
+    with pytest.raises(ConfigError, match=rf"{output}: holds another run; continue it with ckpt="):
+        run.train(compose("train", *TINY, *QUIET, f"paths.output_dir={output}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.name=test_resnet"],
+            r"model\.name=test_resnet: the checkpoint .*best\.ckpt has test_vit",
+        ),
+        (["+model.img_size=64"], r"best\.ckpt: does not fit Classifier:\n.*pos_embed"),
+    ],
+)
+def test_resume_refuses_another_model(compose, checkpoint, overrides, message):
+    fake = [*FAKE, "augment=none", "data.input_size=[3,32,32]", "model.name=test_vit"]
+    with pytest.raises(ConfigError, match=message):
+        run.train(compose("train", *fake, *QUIET, *overrides, f"ckpt={checkpoint}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=nat_demo"], r"model\.name=nat_demo: the checkpoint .* has test_vit"),
+        (["data=mnist5k"], r"data\.name=mnist5k: has 10 classes, the model has 3"),
+        (["data.root=x", "data=imagefolder"], r"data\.root=x: expected a folder"),
+    ],
+)
+def test_evaluate_refuses(compose, checkpoint, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run.evaluate(compose("eval", f"ckpt={checkpoint}", *QUIET, *overrides))
+
+
+def test_evaluate_needs_a_model_and_data(compose):
+    with pytest.raises(ConfigError, match=r"expected ckpt=PATH or model\.name=NAME"):
+        run.evaluate(compose("eval"))
+    with pytest.raises(ConfigError, match="data: expected a data set"):
+        run.evaluate(compose("eval", "model.name=test_vit"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "code", "weights"])
+def test_evaluate_refuses_a_file_that_is_no_checkpoint(compose, checkpoint, tmp_path, damage):
+    path = tmp_path / "x.ckpt"
+    content = checkpoint.read_bytes()
+    path.write_bytes({"cut": content[:5000], "text": b"hello"}.get(damage, b""))
+    if damage == "code":
+        torch.save({"f": os.getcwd}, path)
+    if damage == "weights":
+        torch.save({"w": torch.ones(1)}, path)
+    with pytest.raises(ConfigError, match=rf"{path}: (damaged, or )?not (a|the) checkpoint.*: ."):
+        run.evaluate(compose("eval", f"ckpt={path}", *QUIET))
+
+
+def test_checkpoint_holds_plain_data_only(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    model = content["hyper_parameters"]["model"]
+    assert type(model) is dict
+    assert model["name"] == "test_vit"
+    assert model["num_classes"] == 3
+    assert type(content["datamodule_hyper_parameters"]["options"]) is dict
+
+
+def test_precision_follows_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run._precision("auto") == run._precision("gpu") == "bf16-mixed"
+    assert run._precision("cpu") == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run._precision("auto") == "32-true"
