@@ -8,6 +8,7 @@ Example:
 import timm
 from timm import create_model
 
+import neighborhood_attention.flops  # noqa: F401 (registers the operators' FLOP counts)
 from nat_models import models
 
 __version__ = "0.1.0"

@@ -1,0 +1,22 @@
+"""Neighborhood attention for PyTorch: Triton kernels on the GPU, plain PyTorch everywhere else."""
+
+from neighborhood_attention import ops  # noqa: F401 (registers the operators)
+from neighborhood_attention.api import na2d, na2d_qkvpacked
+from neighborhood_attention.backends import BACKENDS, resolve_backend
+from neighborhood_attention.maps import attention_maps
+from neighborhood_attention.modules import NeighborhoodAttention2D
+
+
+def backends() -> list[str]:
+    """Names that `backend=` accepts."""
+    return list(BACKENDS)
+
+
+__all__ = [
+    "NeighborhoodAttention2D",
+    "attention_maps",
+    "backends",
+    "na2d",
+    "na2d_qkvpacked",
+    "resolve_backend",
+]

@@ -1,0 +1,1 @@
+"""Triton kernels. Importing anything here imports Triton."""

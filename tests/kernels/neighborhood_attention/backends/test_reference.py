@@ -1,0 +1,90 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Case, check, inputs
+
+from neighborhood_attention import na2d_qkvpacked
+from neighborhood_attention.backends import reference
+from neighborhood_attention.geometry import Neighborhood
+
+CASES = [
+    Case((7, 7), (7, 7)),
+    Case((9, 11), (3, 5), dilation=(2, 2)),
+    Case((20, 9), (5, 2), dilation=(1, 4), rpb=False),
+    Case((13, 10), (4, 3), stride=(2, 3), dilation=(3, 1), is_causal=(True, False), head_dim=24),
+    Case((6, 17), (1, 4), stride=(1, 3), dilation=(2, 4), is_causal=(False, True), head_dim=5),
+    Case((1, 19), (1, 7)),
+]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_definition(case, dtype, device):
+    check(na2d_qkvpacked, case, dtype, device, backend="reference")
+
+
+@st.composite
+def cases(draw):
+    def axis():
+        kernel_size, dilation = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+        length = draw(st.integers(kernel_size * dilation, 24))
+        return length, kernel_size, draw(st.integers(1, kernel_size)), dilation, draw(st.booleans())
+
+    axes = list(zip(axis(), axis(), strict=True))
+    return Case(*axes, batch=draw(st.integers(1, 2)), heads=draw(st.integers(1, 3)),
+                head_dim=draw(st.sampled_from([3, 8, 16])), rpb=draw(st.booleans()))  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(cases())
+def test_agrees_with_the_definition_on_random_problems(case):
+    check(na2d_qkvpacked, case, torch.float64, backend="reference")
+
+
+def test_gradients_in_fp64_agree_with_finite_differences():
+    case = Case((6, 5), (3, 2), dilation=(2, 1), batch=1, head_dim=3)
+    qkv, rpb = inputs(case, torch.float64)
+
+    def function(qkv, rpb):
+        return na2d_qkvpacked(qkv, *case.window, rpb=rpb, return_lse=True, backend="reference")
+
+    assert torch.autograd.gradcheck(function, (qkv.requires_grad_(), rpb.requires_grad_()))
+
+
+def test_bounded_pieces_change_nothing(monkeypatch):
+    monkeypatch.setattr(
+        reference, "MAX_SCORES", 1
+    )  # one tile of the first axis and one image at a time
+    check(
+        na2d_qkvpacked,
+        Case((20, 9), (5, 3), dilation=(2, 1), batch=3),
+        torch.float64,
+        backend="reference",
+    )
+
+
+@pytest.mark.parametrize("spatial", [(40,), (7, 4, 5)], ids=["1d", "3d"])
+def test_serves_every_number_of_axes(spatial):
+    kernel_size = (3, 2, 3)[: len(spatial)]
+    case = Case(spatial, kernel_size, dilation=(2, 1, 1)[: len(spatial)])
+
+    def function(qkv, *window, rpb, return_lse):
+        scale = case.head_dim**-0.5
+        return torch.ops.neighborhood_attention.attention_qkvpacked(
+            qkv, rpb, *window, scale, "reference"
+        )
+
+    check(function, case, torch.float64)
+
+
+def test_never_holds_a_matrix_of_all_pairs_of_tokens():
+    window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
+    query = torch.empty(1, 64, 64, 1, 8, device="meta")
+    axes = [reference.axis_tiles(64, 7, 1, 1, False, 2, torch.device("cpu"))] * 2
+    scores = axes[0].attends.numel() * axes[1].attends.numel()
+    assert reference.supports(query, None, window) is None
+    assert scores < 0.1 * (64 * 64) ** 2

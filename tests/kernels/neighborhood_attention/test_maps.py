@@ -1,0 +1,81 @@
+import itertools
+
+import oracle
+import pytest
+import torch
+
+from neighborhood_attention import attention_maps, na2d
+
+CASES = [
+    oracle.Case((6, 7), (3, 5)),
+    oracle.Case((9, 8), (4, 2), dilation=(2, 3), rpb=False),
+    oracle.Case((7, 6), (3, 4), stride=(2, 3), is_causal=(True, False)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_maps_agree_with_the_definition(case, device):
+    qkv, rpb = oracle.inputs(case, torch.float32, device)
+    query, key, _ = qkv.unbind(3)
+    positions = list(itertools.product(*map(range, case.spatial)))
+    maps = attention_maps(query, key, *case.window, rpb=rpb, positions=positions)
+    # Attention to one-hot values is the matrix of probabilities itself.
+    one_hot = torch.eye(len(positions), dtype=torch.float64, device=device)
+    one_hot = one_hot.view(1, *case.spatial, 1, -1).expand(2, -1, -1, 2, -1)
+    scale = case.head_dim**-0.5
+    wide = [None if t is None else t.double() for t in (query, key, one_hot, rpb)]
+    expected, _ = oracle.attention(case, *wide, scale)
+    expected = expected.permute(0, 3, 1, 2, 4).reshape(maps.shape)
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(maps.sum((-1, -2)), torch.ones_like(maps[..., 0, 0]))
+
+
+def test_maps_weight_the_values_as_the_operator_does(device):
+    query, key, value = torch.randn(3, 2, 6, 7, 2, 8, dtype=torch.float64, device=device).unbind()
+    maps = attention_maps(query, key, 3, scale=0.7, positions=[(0, 6), (4, 2)])
+    expected = na2d(query, key, value, 3, scale=0.7, backend="reference")
+    expected = torch.stack([expected[:, 0, 6], expected[:, 4, 2]], 2)
+    torch.testing.assert_close(torch.einsum("bnphw,bhwnd->bnpd", maps, value), expected)
+
+
+def test_a_scale_of_zero_gives_every_key_of_the_window_the_same_weight():
+    query = torch.randn(1, 5, 5, 1, 4)
+    maps = attention_maps(query, query, 3, scale=0.0, positions=[(0, 0)])
+    assert torch.equal(maps[0, 0, 0, :3, :3], torch.full((3, 3), 1 / 9))
+
+
+def good():
+    query = torch.ones(2, 6, 7, 2, 4)
+    return {"query": query, "key": query, "kernel_size": 3, "positions": [(0, 0)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("query", None, TypeError, r"query: expected a tensor, got NoneType"),
+        (
+            "query",
+            torch.ones(4),
+            ValueError,
+            r"query: expected \[B, H, W, heads, D\], got .*\(4,\)",
+        ),
+        ("key", None, TypeError, r"key: expected a tensor, got NoneType"),
+        ("key", torch.ones(2, 6, 7, 2, 5), ValueError, r"key: expected query's shape"),
+        ("kernel_size", 7, ValueError, r"kernel_size=\(7, 7\)"),
+        ("dilation", 3, ValueError, r"dilation=\(3, 3\): spans 9 tokens"),
+        ("stride", 4, ValueError, r"stride=4: expected 1 <= stride"),
+        ("is_causal", "no", TypeError, r"is_causal='no': expected bool"),
+        ("scale", "1", TypeError, r"scale='1': expected a number"),
+        ("rpb", torch.ones(2, 5, 3), ValueError, r"rpb: expected shape"),
+        ("positions", [(0, 0), (6, 0)], ValueError, r"positions\[1\]=\(6, 0\): .* \(6, 7\)"),
+        ("positions", [(0, -1)], ValueError, r"positions\[0\]=\(0, -1\)"),
+        ("positions", [(0, 0, 0)], ValueError, r"positions\[0\]=\(0, 0, 0\)"),
+        ("positions", [3], TypeError, r"positions\[0\]=3: expected a tuple"),
+        ("positions", [(0.5, 0)], TypeError, r"positions\[0\]=\(0.5, 0\): expected int"),
+    ],
+)
+def test_it_names_the_argument_that_breaks_a_rule(name, value, error, message):
+    attention_maps(**good())
+    with pytest.raises(error, match=message):
+        attention_maps(**good() | {name: value})
