@@ -115,7 +115,7 @@ def na2d_qkvpacked(
 def _to_autocast_dtype(name: str, tensor: Tensor) -> Tensor:
     checks.check_tensor(name, tensor)
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor

@@ -5,7 +5,7 @@ import torch
 from oracle import Case, check, inputs, run
 
 from neighborhood_attention import na2d, na2d_qkvpacked
-from neighborhood_attention.backends.triton import tiles
+from neighborhood_attention.backends.triton import fused_backward, fused_forward, tiles
 
 pytestmark = pytest.mark.gpu
 fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
@@ -49,9 +49,8 @@ def test_agrees_with_the_definition_in_tf32(head_dim, monkeypatch):
 @pytest.mark.parametrize(("dtype", "head_dim"), [(fp16, 32), (bf16, 32), (fp32, 16)], ids=str)
 @pytest.mark.parametrize("name", ["WINDOWED", "WHOLE_GROUP", "LARGE_HEADS"])
 def test_every_configuration_agrees_with_the_definition(name, dtype, head_dim, monkeypatch):
-    for module in ("fused_forward", "fused_backward"):
-        path = f"neighborhood_attention.backends.triton.{module}.choose_tiles"
-        monkeypatch.setattr(path, lambda query, window: getattr(tiles, name))
+    for module in (fused_forward, fused_backward):
+        monkeypatch.setattr(module, "choose_tiles", lambda query, window: getattr(tiles, name))
     case = Case((19, 22), (5, 7), head_dim=head_dim)
     check(na2d_qkvpacked, case, dtype, "cuda", backend="fused")
 
