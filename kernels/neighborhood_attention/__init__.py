@@ -7,7 +7,7 @@ from neighborhood_attention.maps import attention_maps
 from neighborhood_attention.modules import NeighborhoodAttention2D
 
 
-def backends() -> list[str]:
+def list_backends() -> list[str]:
     """Names that `backend=` accepts."""
     return list(BACKENDS)
 
@@ -15,7 +15,7 @@ def backends() -> list[str]:
 __all__ = [
     "NeighborhoodAttention2D",
     "attention_maps",
-    "backends",
+    "list_backends",
     "na2d",
     "na2d_qkvpacked",
     "resolve_backend",

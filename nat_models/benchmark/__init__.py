@@ -11,6 +11,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from nat_models.benchmark.measure import measure_in_turns
 from nat_models.benchmark.report import describe, table, write
 from nat_models.benchmark.settings import Settings
+from nat_models.errors import bad_input
 
 _log = logging.getLogger(__name__)
 
@@ -19,12 +20,16 @@ def run(cfg: DictConfig) -> None:
     """Measure what a composed configs/bench.yaml asks for; print a table and write a JSON file.
 
     Raises:
-        ValueError: A setting is not allowed.
+        ConfigError: A setting is not allowed; raised before any work, and names its key.
     """
-    settings = Settings.from_config(cfg)
-    description = describe(settings)
     results: list[dict[str, Any]] = []
-    write(settings.output, description, results)  # a path that cannot be written shows now
+    with bad_input():
+        settings = Settings.from_config(cfg)
+        description = describe(settings)
+        try:
+            write(settings.output, description, results)  # a path that cannot be written shows now
+        except OSError as error:
+            raise ValueError(f"output={settings.output}: cannot be written: {error}") from error
 
     conditions = [*product(settings.passes, settings.execution, settings.batch_size)]
     total = len(conditions) * len(settings.models) * (1 + settings.rounds)

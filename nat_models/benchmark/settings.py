@@ -9,13 +9,13 @@ import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from neighborhood_attention import backends
+from neighborhood_attention import list_backends
 
 CHOICES = {
     "passes": ["inference", "training"],
     "execution": ["eager", "compiled", "cuda_graphs"],
     "precision": ["float32", "bfloat16", "float16"],
-    "attention_backend": backends(),
+    "attention_backend": list_backends(),
 }
 LEAST = {"batch_size": 1, "input_size": 1, "warmup": 1, "rounds": 1, "seed": 0}
 

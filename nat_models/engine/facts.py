@@ -1,11 +1,9 @@
 """What a run is made of: the lines that it starts with, and the record that it leaves."""
 
 import platform
-import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from lightning import Trainer
 import nat_models
 from nat_models.data import ImageDataModule
 from nat_models.engine.module import Classifier, neighborhood_attentions
+from nat_models.provenance import commit
 from neighborhood_attention import resolve_backend
 
 
@@ -39,7 +38,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": commit(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "nat_models": nat_models.__version__,
@@ -66,15 +65,3 @@ def _attention(trainer: Trainer, module: Classifier) -> str:
         return f"backend {chosen} (model.attention_backend)"
     device = trainer.strategy.root_device.type
     return f"backend {resolve_backend(device)} (automatic on {device})"
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that the package is imported from, None for an installed one."""
-    folder = Path(nat_models.__file__).resolve().parents[1]
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        return None

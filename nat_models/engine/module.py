@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import nat_models  # noqa: F401 - registers the models
-from neighborhood_attention import NeighborhoodAttention2D, backends
+from neighborhood_attention import NeighborhoodAttention2D, list_backends
 
 Batch = tuple[Tensor, Tensor]
 
@@ -148,9 +148,9 @@ def build_model(
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"model.name={name}: timm has no such model{hint}")
-    if attention_backend is not None and attention_backend not in backends():
+    if attention_backend is not None and attention_backend not in list_backends():
         raise ValueError(
-            f"model.attention_backend={attention_backend}: expected one of {backends()}"
+            f"model.attention_backend={attention_backend}: expected one of {list_backends()}"
         )
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)

@@ -27,7 +27,7 @@ from nat_models.models.layers import (
     Stage,
     neighborhood_attention_block,
 )
-from neighborhood_attention import NeighborhoodAttention2D, backends
+from neighborhood_attention import NeighborhoodAttention2D, list_backends
 
 __all__ = ["NAT"]
 
@@ -172,8 +172,8 @@ class NAT(nn.Module):
         Raises:
             ValueError: There is no backend of that name.
         """
-        if name is not None and name not in backends():
-            raise ValueError(f"name must be one of {[*backends()]} or None, got {name!r}")
+        if name is not None and name not in list_backends():
+            raise ValueError(f"name must be one of {[*list_backends()]} or None, got {name!r}")
         for module in self.modules():
             if isinstance(module, NeighborhoodAttention2D):
                 module.backend = name

@@ -51,7 +51,10 @@ def choose(
     """
     check_name(backend)
     name = backend or resolve_backend(query.device.type)
-    reason = load(name).supports(query, rpb, window)
+    try:
+        reason = load(name).supports(query, rpb, window)
+    except ModuleNotFoundError as error:
+        reason = f"needs the package {error.name}, which is not installed"
     if reason is None:
         return load(name)
     if backend is not None:

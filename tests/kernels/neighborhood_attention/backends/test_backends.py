@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import Case, check, inputs, run
 
-from neighborhood_attention import backends, na2d, na2d_qkvpacked, resolve_backend
+from neighborhood_attention import list_backends, na2d, na2d_qkvpacked, resolve_backend
 
 
 def grads_of(case, device):
@@ -22,8 +22,13 @@ def assert_equal(actual, expected):
         assert torch.equal(a, b)
 
 
+def in_fresh_process(code):
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4] / "kernels")}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
 def test_the_names_are_known():
-    assert set(backends()) == {"reference", "fused"}
+    assert set(list_backends()) == {"reference", "fused"}
     assert resolve_backend("cpu") == "reference"
     assert resolve_backend("cuda") == "fused"
 
@@ -34,8 +39,19 @@ def test_attention_on_the_cpu_needs_no_triton():
         "na.na2d_qkvpacked(torch.ones(1, 4, 4, 3, 1, 8, requires_grad=True), 3).sum().backward();"
         "assert 'triton' not in sys.modules"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4] / "kernels")}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    assert in_fresh_process(code).returncode == 0
+
+
+def test_the_fused_backend_names_a_missing_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None;"
+        "import torch, neighborhood_attention as na;"
+        "na.na2d_qkvpacked(torch.ones(1, 4, 4, 3, 1, 8), 3, backend='fused')"
+    )
+    error = in_fresh_process(code).stderr.splitlines()[-1]
+    assert error == (
+        "NotImplementedError: backend='fused' needs the package triton, which is not installed"
+    )
 
 
 @pytest.mark.parametrize("kernel_size", [3, 6], ids=["window", "whole map"])
