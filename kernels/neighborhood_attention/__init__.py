@@ -1,9 +1,17 @@
 """Neighborhood attention for PyTorch: Triton kernels on the GPU, plain PyTorch everywhere else."""
 
 from neighborhood_attention import ops  # noqa: F401 (registers the operators)
-from neighborhood_attention.api import na2d, na2d_qkvpacked
+from neighborhood_attention.api import (
+    na1d,
+    na1d_qkvpacked,
+    na2d,
+    na2d_qkvpacked,
+    na3d,
+    na3d_qkvpacked,
+)
 from neighborhood_attention.backends import BACKENDS, resolve_backend
 from neighborhood_attention.maps import attention_maps
+from neighborhood_attention.merge import merge_attentions
 from neighborhood_attention.modules import NeighborhoodAttention2D
 
 
@@ -16,7 +24,12 @@ __all__ = [
     "NeighborhoodAttention2D",
     "attention_maps",
     "list_backends",
+    "merge_attentions",
+    "na1d",
+    "na1d_qkvpacked",
     "na2d",
     "na2d_qkvpacked",
+    "na3d",
+    "na3d_qkvpacked",
     "resolve_backend",
 ]

@@ -11,7 +11,33 @@ from torch import Tensor
 
 from neighborhood_attention import checks
 from neighborhood_attention.backends import check_name
-from neighborhood_attention.geometry import Neighborhood
+
+# Kernel size, stride, dilation, causal: for all axes or for each.
+_Axes = tuple[int | Sequence[int], int | Sequence[int], int | Sequence[int], bool | Sequence[bool]]
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int],
+    stride: int | tuple[int] = 1,
+    dilation: int | tuple[int] = 1,
+    is_causal: bool | tuple[bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """1-D neighborhood attention over [B, L, heads, D]; `rpb` is [heads, 2 * kernel_size - 1].
+
+    Otherwise as `na2d`. `backend="fused"` does not run it yet.
+    """
+    axes = kernel_size, stride, dilation, is_causal
+    additional = additional_keys, additional_values
+    return _attention(1, query, key, value, axes, scale, rpb, additional, return_lse, backend)
 
 
 def na2d(
@@ -66,21 +92,49 @@ def na2d(
         NotImplementedError: The backend named does not support this combination; no backend
             supports additional keys and values. The backward raises it for create_graph=True.
     """
-    if additional_keys is not None or additional_values is not None:
-        raise NotImplementedError("additional_keys and additional_values are not supported yet")
-    query, key, value = (
-        _to_autocast_dtype(name, tensor)
-        for name, tensor in (("query", query), ("key", key), ("value", value))
-    )
-    checks.check_heads_last("query", query, 2)
-    checks.check_heads_last("key", key, 2)
-    checks.check_heads_last("value", value, 2)
-    checks.check_alike(query, {"key": key, "value": value})
-    window = _checked_window(query, kernel_size, stride, dilation, is_causal, rpb, backend)
-    output, lse = torch.ops.neighborhood_attention.attention(
-        query, key, value, rpb, *_operator_arguments(window, scale, query.shape[-1], backend)
-    )
-    return (output, lse) if return_lse else output
+    axes = kernel_size, stride, dilation, is_causal
+    additional = additional_keys, additional_values
+    return _attention(2, query, key, value, axes, scale, rpb, additional, return_lse, backend)
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int, int],
+    stride: int | tuple[int, int, int] = 1,
+    dilation: int | tuple[int, int, int] = 1,
+    is_causal: bool | tuple[bool, bool, bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """3-D neighborhood attention over [B, D, H, W, heads, head_dim]; `rpb` has an axis for each.
+
+    Otherwise as `na2d`. `backend="fused"` does not run it yet.
+    """
+    axes = kernel_size, stride, dilation, is_causal
+    additional = additional_keys, additional_values
+    return _attention(3, query, key, value, axes, scale, rpb, additional, return_lse, backend)
+
+
+def na1d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: int | tuple[int],
+    stride: int | tuple[int] = 1,
+    dilation: int | tuple[int] = 1,
+    is_causal: bool | tuple[bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`na1d` of a packed projection [B, L, 3, heads, D]; see `na2d_qkvpacked`."""
+    axes = kernel_size, stride, dilation, is_causal
+    return _attention_qkvpacked(1, qkv, axes, scale, rpb, return_lse, backend)
 
 
 def na2d_qkvpacked(
@@ -100,15 +154,70 @@ def na2d_qkvpacked(
 
     The other arguments, the results and the errors are those of `na2d`.
     """
-    qkv = _to_autocast_dtype("qkv", qkv)
-    if qkv.dim() != 6 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv: expected [B, H, W, 3, heads, D], got shape {tuple(qkv.shape)}")
-    query = qkv.select(3, 0)
-    checks.check_heads_last("qkv", query, 2)
-    window = _checked_window(query, kernel_size, stride, dilation, is_causal, rpb, backend)
-    output, lse = torch.ops.neighborhood_attention.attention_qkvpacked(
-        qkv, rpb, *_operator_arguments(window, scale, query.shape[-1], backend)
+    axes = kernel_size, stride, dilation, is_causal
+    return _attention_qkvpacked(2, qkv, axes, scale, rpb, return_lse, backend)
+
+
+def na3d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: int | tuple[int, int, int],
+    stride: int | tuple[int, int, int] = 1,
+    dilation: int | tuple[int, int, int] = 1,
+    is_causal: bool | tuple[bool, bool, bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`na3d` of a packed projection [B, D, H, W, 3, heads, head_dim]; see `na2d_qkvpacked`."""
+    axes = kernel_size, stride, dilation, is_causal
+    return _attention_qkvpacked(3, qkv, axes, scale, rpb, return_lse, backend)
+
+
+def _attention(
+    dims: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: _Axes,
+    scale: float | None,
+    rpb: Tensor | None,
+    additional: tuple[Tensor | None, Tensor | None],
+    return_lse: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if any(tensor is not None for tensor in additional):
+        raise NotImplementedError("additional_keys and additional_values are not supported yet")
+    query, key, value = (
+        _to_autocast_dtype(name, tensor)
+        for name, tensor in (("query", query), ("key", key), ("value", value))
     )
+    checks.check_heads_last("query", query, dims)
+    checks.check_heads_last("key", key, dims)
+    checks.check_heads_last("value", value, dims)
+    checks.check_alike(query, {"key": key, "value": value})
+    arguments = _operator_arguments(query, axes, scale, rpb, backend)
+    output, lse = torch.ops.neighborhood_attention.attention(query, key, value, rpb, *arguments)
+    return (output, lse) if return_lse else output
+
+
+def _attention_qkvpacked(
+    dims: int,
+    qkv: Tensor,
+    axes: _Axes,
+    scale: float | None,
+    rpb: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    qkv = _to_autocast_dtype("qkv", qkv)
+    if qkv.dim() != dims + 4 or qkv.shape[-3] != 3:
+        layout = f"[B, {checks.SPATIAL[dims]}, 3, heads, D]"
+        raise ValueError(f"qkv: expected {layout}, got shape {tuple(qkv.shape)}")
+    query = qkv.select(-3, 0)
+    checks.check_heads_last("qkv", query, dims)
+    arguments = _operator_arguments(query, axes, scale, rpb, backend)
+    output, lse = torch.ops.neighborhood_attention.attention_qkvpacked(qkv, rpb, *arguments)
     return (output, lse) if return_lse else output
 
 
@@ -122,25 +231,13 @@ def _to_autocast_dtype(name: str, tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def _checked_window(
-    query: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int],
-    dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
-    rpb: Tensor | None,
-    backend: str | None,
-) -> Neighborhood:
-    window = checks.make_neighborhood(query.dim() - 3, kernel_size, stride, dilation, is_causal)
+def _operator_arguments(
+    query: Tensor, axes: _Axes, scale: float | None, rpb: Tensor | None, backend: str | None
+) -> tuple[Any, ...]:
+    """The operators' arguments behind the tensors, checked, in the order of their schema."""
+    window = checks.make_neighborhood(query.dim() - 3, *axes)
     checks.check_fits(window, query.shape[1:-2])
     checks.check_bias(rpb, query, window)
     check_name(backend)
-    return window
-
-
-def _operator_arguments(
-    window: Neighborhood, scale: float | None, head_dim: int, backend: str | None
-) -> tuple[Any, ...]:
-    """The operators' arguments behind the tensors, in the order of their schema."""
-    scale = checks.checked_scale("scale", scale, head_dim)
+    scale = checks.checked_scale("scale", scale, query.shape[-1])
     return window.kernel_size, window.stride, window.dilation, window.is_causal, scale, backend

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from neighborhood_attention import na2d, na2d_qkvpacked
+from neighborhood_attention import (
+    na1d,
+    na1d_qkvpacked,
+    na2d,
+    na2d_qkvpacked,
+    na3d,
+    na3d_qkvpacked,
+)
 
 
 def tensor(*shape, **options):
@@ -87,14 +94,35 @@ def test_na2d_qkvpacked_names_the_argument_that_breaks_a_rule(name, value, error
         na2d_qkvpacked(**good | {name: value})
 
 
-def test_three_tensors_and_their_packed_form_give_the_same(device):
-    qkv = torch.randn(2, 6, 7, 3, 2, 4, device=device)
-    rpb = torch.randn(2, 5, 5, device=device)
-    settings = {"rpb": rpb, "return_lse": True, "dilation": (2, 1), "backend": "reference"}
-    for a, b in zip(
-        na2d(*qkv.unbind(3), 3, **settings), na2d_qkvpacked(qkv, 3, **settings), strict=True
-    ):
+@pytest.mark.parametrize(
+    ("three", "packed", "spatial"),
+    [
+        (na1d, na1d_qkvpacked, (9,)),
+        (na2d, na2d_qkvpacked, (6, 7)),
+        (na3d, na3d_qkvpacked, (6, 3, 4)),
+    ],
+)
+def test_three_tensors_and_their_packed_form_give_the_same(three, packed, spatial, device):
+    qkv = torch.randn(2, *spatial, 3, 2, 4, device=device)
+    settings = {"dilation": (2, 1, 1)[: len(spatial)], "backend": "reference", "return_lse": True}
+    settings["rpb"] = torch.randn(2, *[5] * len(spatial), device=device)
+    for a, b in zip(three(*qkv.unbind(-3), 3, **settings), packed(qkv, 3, **settings), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("three", "packed", "layout"),
+    [
+        (na1d, na1d_qkvpacked, r"\[B, L, heads, D\]"),
+        (na3d, na3d_qkvpacked, r"\[B, D, H, W, heads, D\]"),
+    ],
+)
+def test_one_and_three_axes_name_their_layout(three, packed, layout):
+    two = tensor()
+    with pytest.raises(ValueError, match=f"query: expected {layout}, got .*2, 6, 7, 2, 4"):
+        three(two, two, two, 3)
+    with pytest.raises(ValueError, match=r"qkv: expected .*3, heads, D\], got .*2, 6, 7, 2, 4"):
+        packed(two, 3)
 
 
 def test_the_log_sum_exp_is_returned_on_request_alone(device):

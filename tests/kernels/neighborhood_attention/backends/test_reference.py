@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, check, inputs
 
-from neighborhood_attention import na2d_qkvpacked
+from neighborhood_attention import na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
 from neighborhood_attention.backends import reference
 from neighborhood_attention.geometry import Neighborhood
 
@@ -67,18 +67,17 @@ def test_bounded_pieces_change_nothing(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("spatial", [(40,), (7, 4, 5)], ids=["1d", "3d"])
-def test_serves_every_number_of_axes(spatial):
-    kernel_size = (3, 2, 3)[: len(spatial)]
-    case = Case(spatial, kernel_size, dilation=(2, 1, 1)[: len(spatial)])
+MORE_AXES = [
+    (na1d_qkvpacked, Case((40,), (3,), dilation=(2,))),
+    (na1d_qkvpacked, Case((70,), (9,), stride=(4,), is_causal=(True,), rpb=False)),
+    (na3d_qkvpacked, Case((7, 4, 5), (3, 2, 3), dilation=(2, 1, 1))),
+    (na3d_qkvpacked, Case((3, 6, 5), (2, 3, 5), stride=(1, 2, 3), is_causal=(True, False, False))),
+]
 
-    def function(qkv, *window, rpb, return_lse):
-        scale = case.head_dim**-0.5
-        return torch.ops.neighborhood_attention.attention_qkvpacked(
-            qkv, rpb, *window, scale, "reference"
-        )
 
-    check(function, case, torch.float64)
+@pytest.mark.parametrize(("function", "case"), MORE_AXES, ids=str)
+def test_serves_one_and_three_axes(function, case, device):
+    check(function, case, torch.float64, device, backend="reference")
 
 
 def test_never_holds_a_matrix_of_all_pairs_of_tokens():
