@@ -1,6 +1,6 @@
 """Times of the operator, forward and backward, beside the time its memory traffic alone would take.
 
-    PYTHONPATH=kernels python benchmarks/kernels.py results.json
+    PYTHONPATH=kernels python benchmarks/kernels.py results.json --commit COMMIT
 
 Needs a GPU, PyTorch and Triton. Each shape is first checked against the reference backend in fp64.
 
@@ -33,9 +33,7 @@ def main() -> None:
     """Measure all shapes and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--commit", help="of the code that is measured, where no git checkout tells"
-    )
+    parser.add_argument("--commit", required=True, help="of the code that is measured")
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
     results = [measure(*shape, dtype, bandwidth) for dtype in TOLERANCE for shape in SHAPES]

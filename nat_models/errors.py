@@ -17,5 +17,5 @@ def bad_input() -> Iterator[None]:
         yield
     except InstantiationException as error:  # Hydra's wrapping of an error
         raise ConfigError(str(error.__cause__ or error)) from error
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, AssertionError, OSError, RuntimeError) as error:
         raise ConfigError(str(error)) from error

@@ -17,11 +17,13 @@ from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
 
 from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
 from nat_models.data.sources import class_indices, num_classes, open_dataset
 
 Batch = tuple[Tensor, Tensor]
+INTERPOLATIONS = {mode.value for mode in InterpolationMode}
 
 
 class ImageDataModule(LightningDataModule):
@@ -69,6 +71,11 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for key, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"data.{key}={value}: expected an integer, at least {least}")
+        if input_size is not None and (not isinstance(input_size, list) or len(input_size) != 3):
+            raise ValueError(f"data.input_size={input_size}: expected [channels, height, width]")
         if mixup is not None and batch_size % 2:
             raise ValueError(f"data.batch_size={batch_size}: mixup needs an even number")
         self.save_hyperparameters()
@@ -108,6 +115,9 @@ class ImageDataModule(LightningDataModule):
     def follow(self, model: nn.Module) -> None:
         """Take what is not given here from the model: image size, crop, normalisation, classes."""
         self.config = resolve_data_config(dict(self.hparams), model=model)
+        if self.config["interpolation"] not in (*INTERPOLATIONS, "random"):
+            expected = f"expected one of {sorted(INTERPOLATIONS)}"
+            raise ValueError(f"data.interpolation={self.config['interpolation']}: {expected}")
         augment = self.settings.augment or {}
         self._normalise = Normalise(self.config["mean"], self.config["std"])
         if probability := augment.get("re_prob", 0.0):

@@ -1,7 +1,7 @@
 """Opening a data set by name: small packaged ones, synthetic images, and all that timm opens."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.data import create_dataset
 from torch.utils.data import Dataset
@@ -11,6 +11,8 @@ from nat_models.data import small
 
 ClassMap = str | dict[str, int] | None
 
+# Prefixes of timm's readers that cannot be indexed.
+STREAMED = ("hfids", "tfds", "wds")
 SMALL = {"mnist5k": small.mnist5k, "digits": small.digits}
 
 
@@ -46,11 +48,13 @@ def open_dataset(
         fake: Dataset[Any] = FakeData(random_offset=0 if training else 10**6, **options)
         return fake
     if name == "folder":
-        return _open_folder(root, split, class_map, options)
+        return _open_folder(root, split, training, class_map, options)
     if "/" not in name:
         known = [*SMALL, "fake", "folder"]
         raise ValueError(f"data.name={name!r}: expected one of {known}, or timm's PREFIX/NAME")
-    return _open_with_timm(name, root, split, class_map, options)
+    if name.partition("/")[0] in STREAMED:
+        raise ValueError(f"data.name={name!r}: streamed data sets are not supported yet")
+    return _open_with_timm(name, root, split, training, class_map, options)
 
 
 def num_classes(data: Dataset[Any]) -> int | None:
@@ -67,21 +71,32 @@ def class_indices(data: Dataset[Any]) -> dict[str, int] | None:
 
 
 def _open_with_timm(
-    name: str, root: str | None, split: str, class_map: ClassMap, options: dict[str, Any]
+    name: str,
+    root: str | None,
+    split: str,
+    training: bool,
+    class_map: ClassMap,
+    options: dict[str, Any],
 ) -> Dataset[Any]:
     create: Any = create_dataset  # its annotations leave out a class map's file name
-    data: Dataset[Any] = create(name, root=root, split=split, class_map=class_map, **options)
-    return data
+    data: Any = create(name, root=root, split=split, class_map=class_map, **options)
+    if not training:  # an unreadable image must not be evaluated as its neighbor
+        data._max_retries = 1
+    return cast("Dataset[Any]", data)
 
 
 def _open_folder(
-    root: str | None, split: str, class_map: ClassMap, options: dict[str, Any]
+    root: str | None,
+    split: str,
+    training: bool,
+    class_map: ClassMap,
+    options: dict[str, Any],
 ) -> Dataset[Any]:
     if root is None:
         raise ValueError("data.root is not set: expected the folder of the images")
     if not Path(root).is_dir():
         raise ValueError(f"data.root={root}: expected a folder, there is none")
     try:
-        return _open_with_timm("", root, split, class_map, options)
+        return _open_with_timm("", root, split, training, class_map, options)
     except RuntimeError as error:  # timm found no image
         raise ValueError(f"data.root={root}: {error}") from error

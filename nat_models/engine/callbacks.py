@@ -105,7 +105,7 @@ class History(Callback):
         batch_idx: int,
     ) -> None:
         """Add the batch's loss, without waiting for the device."""
-        self._loss_sum = self._loss_sum + outputs["loss"].detach().double()
+        self._loss_sum = self._loss_sum + outputs["loss"].detach()
         self._batches += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

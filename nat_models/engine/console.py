@@ -40,7 +40,10 @@ def set_up_logging() -> None:
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append our messages to a file too."""
+    """Append our messages to a file too, from the first process only."""
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        yield
+        return
     logger = logging.getLogger("nat_models")
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))

@@ -156,6 +156,11 @@ def build_model(
         model = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:  # an argument that the model does not have
         raise ValueError(f"model.name={name}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.pretrained=true: no weights for {name}: {reason}") from error
     if attention_backend is not None:
         attentions = neighborhood_attentions(model)
         if not attentions:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from nat_models.errors import bad_input
 
 _log = logging.getLogger(__name__)
 
+OBJECTIVES = ("val/top1", "val/top5")
+
 
 def train(cfg: DictConfig) -> float:
     """Train, evaluate the best checkpoint, leave pictures and records beside it.
@@ -38,6 +41,8 @@ def train(cfg: DictConfig) -> float:
         ConfigError: A value cannot be used; raised before any work, and names its key.
     """
     with bad_input():
+        if cfg.objective not in OBJECTIVES:
+            raise ValueError(f"objective={cfg.objective}: expected one of {OBJECTIVES}")
         resumed = TrainedRun.read(_resume_path(cfg)) if cfg.ckpt else None
         _set_up_torch(cfg)
         data: ImageDataModule = instantiate(
@@ -55,11 +60,12 @@ def train(cfg: DictConfig) -> float:
         )
         module.schedule(cfg.trainer.max_epochs, updates_per_epoch=1)
         data.follow(module.model)
-        _check_classes(data, module)
+        _check_fits(data, module)
         if resumed:
             resumed.check_same_model(model)
             load_weights(module, resumed.state_dict, resumed.path)
             cfg.paths.output_dir = str(resumed.path.parent)
+        _share_output_dir(cfg)
         output = Path(cfg.paths.output_dir)
         trainer = _trainer(cfg)
         _claim(output, resuming=resumed is not None)
@@ -98,7 +104,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         data = _evaluation_data(cfg, trained)
         data.open(training=False)
         data.follow(module.model)
-        _check_classes(data, module)
+        _check_fits(data, module)
         trainer = _trainer(cfg, logger=False)
     for name, value in facts.describe(trainer, module, data).items():
         _log.info("%-10s %s", name, value)
@@ -108,7 +114,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:
-    if cfg.data.name is not None:
+    if "_target_" in cfg.data:
         data: ImageDataModule = instantiate(cfg.data, _convert_="all")
         return data
     if trained is None:
@@ -138,14 +144,16 @@ def _trainer(cfg: DictConfig, **options: Any) -> Trainer:
 
 
 def _precision(accelerator: str) -> str:
-    on_cuda = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    return "bf16-mixed" if on_cuda else "32-true"
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true"
+    # Older GPUs only emulate bf16.
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def _set_up_torch(cfg: DictConfig) -> None:
     if cfg.threads is not None:
-        if cfg.threads < 1:
-            raise ValueError(f"threads={cfg.threads}: expected at least 1")
+        if not isinstance(cfg.threads, int) or cfg.threads < 1:
+            raise ValueError(f"threads={cfg.threads}: expected an integer, at least 1")
         torch.set_num_threads(cfg.threads)
     if "seed" in cfg:
         if cfg.seed not in range(2**32):
@@ -163,7 +171,8 @@ def _resume_path(cfg: DictConfig) -> Path:
     return found[-1]
 
 
-def _check_classes(data: ImageDataModule, module: Classifier) -> None:
+def _check_fits(data: ImageDataModule, module: Classifier) -> None:
+    """The data must have the model's classes and channels."""
     classes, outputs = data.num_classes, module.model.num_classes
     # With a class map the data may show a part of the model's classes.
     fits = classes is None or classes == outputs or (data.settings.class_map and classes < outputs)
@@ -172,6 +181,19 @@ def _check_classes(data: ImageDataModule, module: Classifier) -> None:
             f"data.name={data.settings.name}: has {classes} classes, the model has {outputs}; "
             "set model.num_classes, or data.class_map for a part of the model's classes"
         )
+    channels, taken = data.config["input_size"][0], getattr(module.model, "in_chans", None)
+    if taken not in (None, channels):
+        raise ValueError(
+            f"data.input_size={list(data.config['input_size'])}: the model takes {taken} channels; "
+            "set +model.in_chans"
+        )
+
+
+def _share_output_dir(cfg: DictConfig) -> None:
+    """One folder for all processes: those that Lightning starts compose anew, and later."""
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        os.environ["NAT_MODELS_OUTPUT_DIR"] = cfg.paths.output_dir
+    cfg.paths.output_dir = os.environ.get("NAT_MODELS_OUTPUT_DIR", cfg.paths.output_dir)
 
 
 @rank_zero_only

@@ -73,7 +73,10 @@ class TrainedRun:
 
     def data(self, given: dict[str, Any]) -> ImageDataModule:
         """The data trained with, its arguments replaced where new ones are given."""
-        return ImageDataModule(**{**self.data_hparams, "augment": None, "mixup": None, **given})
+        ours = {**self.data_hparams, "augment": None, "mixup": None}
+        if given.get("name", ours["name"]) != ours["name"]:  # these belong to the data set
+            ours = {k: v for k, v in ours.items() if k not in ("root", "class_map", "options")}
+        return ImageDataModule(**{**ours, **given})
 
     def check_same_model(self, given: dict[str, Any]) -> None:
         """Raise ValueError if a model is asked for that is not the checkpoint's."""

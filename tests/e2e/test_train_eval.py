@@ -1,12 +1,18 @@
 """The two commands, on real images."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from nat_models.engine import run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +81,31 @@ def test_any_model_by_name_on_a_folder_of_images(compose, tmp_path):
         metrics = run.evaluate(compose("eval", *options, *model))
         assert metrics["val/top1"] * 6 == pytest.approx(round(metrics["val/top1"] * 6))
         assert metrics["val/top5"] == 1.0
+
+
+def test_two_processes_share_one_folder(small, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *small, "debug=short", "trainer.devices=2"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [*command, f"paths.root={tmp_path}"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    [folder] = tmp_path.glob("debug/*")
+    log = (folder / "train.log").read_text()
+    assert log.count("device ") == log.count("epoch 1/1") == 1
+    assert (folder / "best.ckpt").exists()
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(compose, small, chance, tmp_path):
+    options = [o for o in small if o != "trainer.accelerator=cpu"] + chance
+    options += ["debug=short", "trainer.devices=1", f"paths.output_dir={tmp_path}"]
+    run.train(compose("train", *options))
+    log = (tmp_path / "train.log").read_text()
+    assert "backend fused (automatic on cuda)" in log
+    assert "bf16-mixed" in log
+    assert (tmp_path / "neighborhoods.png").exists()

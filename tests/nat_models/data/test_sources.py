@@ -1,4 +1,5 @@
 import pytest
+from PIL import Image
 
 from nat_models.data.sources import class_indices, num_classes, open_dataset
 
@@ -48,3 +49,16 @@ def test_bad_input_names_key_and_value(name, root, message):
 def test_folder_without_images_is_named(tmp_path):
     with pytest.raises(ValueError, match=rf"data\.root={tmp_path}.*0 images"):
         open_dataset("folder", str(tmp_path), "train", training=True)
+
+
+def test_evaluation_does_not_replace_an_unreadable_image(tmp_path):
+    for label in ("a", "b"):
+        folder = tmp_path / "val" / label
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    (tmp_path / "val" / "a" / "0.png").touch()
+    data = open_dataset("folder", str(tmp_path), "val", training=False)
+    assert len(data) == 3
+    with pytest.raises(RuntimeError, match="Failed to load"):
+        data[0]
+    assert open_dataset("folder", str(tmp_path), "val", training=True)[0][1] == 0

@@ -46,7 +46,17 @@ def checkpoint(tmp_path_factory) -> Path:
         (["optimizer.lr=fast"], r"optimizer=.*'lr': 'fast'"),
         (["scheduler.sched=cosinus"], r"scheduler=.*cosinus"),
         (["trainer.precision=7"], r"Precision 7 is invalid"),
-        (["threads=0"], r"threads=0: expected at least 1"),
+        (["threads=0"], r"threads=0: expected an integer, at least 1"),
+        (["threads=abc"], r"threads=abc: expected an integer, at least 1"),
+        (["objective=val/loss"], r"objective=val/loss: expected one of .*val/top1"),
+        (["data.batch_size=0"], r"data\.batch_size=0: expected an integer, at least 1"),
+        (["data.batch_size=abc"], r"data\.batch_size=abc: expected an integer"),
+        (["data.num_workers=-1"], r"data\.num_workers=-1: expected an integer, at least 0"),
+        (["data.interpolation=foo"], r"data\.interpolation=foo: expected one of .*bicubic"),
+        (["data.input_size=32"], r"data\.input_size=32: expected \[channels, height, width\]"),
+        (["data.input_size=[1,32,32]"], r"data\.input_size=\[1, 32, 32\]: the model takes 3"),
+        (["data.name=wds/x"], r"data\.name='wds/x': streamed data sets are not supported"),
+        (["model.pretrained=true"], r"model\.pretrained=true: no weights for test_vit"),
         (["seed=-1"], r"seed=-1: expected an integer from 0"),
         (["ckpt=no/last.ckpt"], r"no/last\.ckpt: no such file"),
         (["ckpt=last", "name=never"], r"ckpt=last: there is no last\.ckpt under .*never"),
@@ -94,6 +104,7 @@ def test_resume_refuses_another_model(compose, checkpoint, overrides, message):
         (["model.name=nat_demo"], r"model\.name=nat_demo: the checkpoint .* has test_vit"),
         (["data=mnist5k"], r"data\.name=mnist5k: has 10 classes, the model has 3"),
         (["data.root=x", "data=imagefolder"], r"data\.root=x: expected a folder"),
+        (["data.name=digits"], r"data\.name=digits: has 10 classes, the model has 3"),
     ],
 )
 def test_evaluate_refuses(compose, checkpoint, overrides, message):
@@ -132,7 +143,11 @@ def test_checkpoint_holds_plain_data_only(checkpoint):
 
 def test_precision_follows_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert run._precision("auto") == run._precision("gpu") == "bf16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert run._precision("auto") == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert run._precision("cpu") == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run._precision("auto") == "32-true"

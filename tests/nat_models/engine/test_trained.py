@@ -37,6 +37,13 @@ def test_the_data_keeps_its_arguments_but_those_given_now(checkpoint):
     assert (settings.name, settings.batch_size, settings.mixup) == ("digits", 7, None)
 
 
+def test_another_data_set_does_not_inherit_what_belongs_to_the_first(checkpoint):
+    run = TrainedRun.read(checkpoint[0])
+    run.data_hparams["options"] = {"size": 8}
+    assert run.data({}).settings.options == {"size": 8}
+    assert run.data({"name": "mnist5k"}).settings.options is None
+
+
 @pytest.mark.parametrize("given", [{"name": "nat_mini"}, {"num_classes": 4}])
 def test_another_model_is_refused(checkpoint, given):
     [(key, value)] = given.items()

@@ -18,6 +18,10 @@ def supports(query: Tensor, rpb: Tensor | None, window: Neighborhood) -> str | N
     """Why this backend cannot run the problem; None when it can."""
     if not query.is_cuda and not triton.knobs.runtime.interpret:
         return f"needs tensors on a GPU, got {query.device.type}; use backend='reference'"
+    if query.is_cuda and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(query.device)
+        if capability < (8, 0):  # Triton's own limit
+            return f"needs a GPU of compute capability 8.0 or more, not {capability}"
     if query.dtype not in _DTYPES:
         return f"supports fp16, bf16 and fp32, not {query.dtype}; use backend='reference'"
     if window.dims != 2:
