@@ -153,7 +153,7 @@ def build_model(
             f"model.attention_backend={attention_backend}: expected one of {list_backends()}"
         )
     try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
+        model: Any = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:  # an argument that the model does not have
         raise ValueError(f"model.name={name}: {error}") from error
     except (OSError, RuntimeError) as error:
@@ -162,13 +162,11 @@ def build_model(
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.pretrained=true: no weights for {name}: {reason}") from error
     if attention_backend is not None:
-        attentions = neighborhood_attentions(model)
-        if not attentions:
+        if not hasattr(model, "set_attention_backend"):
             raise ValueError(
                 f"model.attention_backend={attention_backend}: {name} has no neighborhood attention"
             )
-        for attention in attentions.values():
-            attention.backend = attention_backend
+        model.set_attention_backend(attention_backend)
     return model
 
 
