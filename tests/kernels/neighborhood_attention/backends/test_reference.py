@@ -75,7 +75,9 @@ MORE_AXES = [
 ]
 
 
-@pytest.mark.parametrize(("function", "case"), MORE_AXES, ids=str)
+@pytest.mark.parametrize(
+    ("function", "case"), MORE_AXES, ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_serves_one_and_three_axes(function, case, device):
     check(function, case, torch.float64, device, backend="reference")
 
