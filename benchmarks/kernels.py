@@ -64,7 +64,8 @@ def copy_bandwidth():
 def measure(side, heads, dilation, dtype, bandwidth):
     """Check and time one shape; times in microseconds."""
     torch.manual_seed(0)
-    settings = [KERNEL_SIZE] * 2, [1, 1], [dilation] * 2, [False, False], HEAD_DIM**-0.5
+    window = [KERNEL_SIZE] * 2 + [1] * 2 + [dilation] * 2 + [0] * 2  # see the operators' schemas
+    settings = window, HEAD_DIM**-0.5
     qkv, rpb, grad = inputs(3, side, heads, dtype)
     errors = relative_errors(
         step(qkv, rpb, grad, settings, "fused"),
@@ -115,8 +116,10 @@ def forward(qkv, rpb, settings, backend="fused"):
 
 def backward(grad, qkv, rpb, output, lse, settings, backend):
     """The packed gradient and the bias's."""
-    saved = qkv, rpb, output, lse
-    return OPERATORS.attention_qkvpacked_backward(grad, None, *saved, *settings, backend)
+    results = output, lse, grad, None
+    return OPERATORS.attention_qkvpacked_backward(
+        qkv, rpb, *settings, backend, *results, [True, rpb is not None]
+    )
 
 
 def relative_errors(actual, exact):

@@ -197,7 +197,9 @@ def _attention(
     checks.check_heads_last("value", value, dims)
     checks.check_alike(query, {"key": key, "value": value})
     arguments = _operator_arguments(query, axes, scale, rpb, backend)
-    output, lse = torch.ops.neighborhood_attention.attention(query, key, value, rpb, *arguments)
+    output, lse = torch.ops.neighborhood_attention.attention(
+        query, key, value, rpb, None, None, *arguments
+    )
     return (output, lse) if return_lse else output
 
 
@@ -240,4 +242,4 @@ def _operator_arguments(
     checks.check_bias(rpb, query, window)
     check_name(backend)
     scale = checks.checked_scale("scale", scale, query.shape[-1])
-    return window.kernel_size, window.stride, window.dilation, window.is_causal, scale, backend
+    return window.flat, scale, backend

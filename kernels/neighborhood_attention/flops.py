@@ -11,36 +11,49 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 _operators = torch.ops.neighborhood_attention
+_Shape = Sequence[int]
 
 
-def _matmul_flops(shape: Sequence[int], kernel_size: Sequence[int], products: int) -> int:
-    """FLOPs of `products` matrix products between each query and its window."""
-    return 2 * products * prod(shape) * prod(kernel_size)
+def _flops(
+    query: _Shape, value: _Shape, additional: _Shape | None, window: _Shape, backward: bool
+) -> int:
+    """The matrix products between queries and their keys: of queries and keys, of values.
+
+    The backward computes the scores once more, the gradients of query and key (together three
+    products over D), of the probabilities and of the values (two over D_v).
+    """
+    kernel_size = window[: len(query) - 3]
+    keys = prod(kernel_size) + (additional[1] if additional else 0)
+    channels = 3 * query[-1] + 2 * value[-1] if backward else query[-1] + value[-1]
+    return 2 * prod(query[:-1]) * keys * channels
+
+
+def _packed_flops(qkv: _Shape, window: _Shape, backward: bool) -> int:
+    query = (*qkv[:-3], *qkv[-2:])
+    return _flops(query, query, None, window, backward)
 
 
 @register_flop_formula(_operators.attention)
-def _attention_flops(
-    query: Any, key: Any, value: Any, rpb: Any, kernel_size: Any, *_: Any, **__: Any
-) -> int:
-    return _matmul_flops(query, kernel_size, 2)
+def _attention(
+    query: Any, key: Any, value: Any, rpb: Any, additional_keys: Any, additional_values: Any,
+    window: Any, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return _flops(query, value, additional_keys, window, backward=False)
 
 
 @register_flop_formula(_operators.attention_backward)
-def _attention_backward_flops(
-    grad_output: Any, grad_lse: Any, query: Any, key: Any, value: Any, rpb: Any,
-    output: Any, lse: Any, kernel_size: Any, *_: Any, **__: Any,
+def _attention_backward(
+    query: Any, key: Any, value: Any, rpb: Any, additional_keys: Any, additional_values: Any,
+    window: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    return _matmul_flops(query, kernel_size, 5)
+    return _flops(query, value, additional_keys, window, backward=True)
 
 
 @register_flop_formula(_operators.attention_qkvpacked)
-def _packed_flops(qkv: Any, rpb: Any, kernel_size: Any, *_: Any, **__: Any) -> int:
-    return _matmul_flops((*qkv[:-3], *qkv[-2:]), kernel_size, 2)
+def _packed(qkv: Any, rpb: Any, window: Any, *_: Any, **__: Any) -> int:
+    return _packed_flops(qkv, window, backward=False)
 
 
 @register_flop_formula(_operators.attention_qkvpacked_backward)
-def _packed_backward_flops(
-    grad_output: Any, grad_lse: Any, qkv: Any, rpb: Any,
-    output: Any, lse: Any, kernel_size: Any, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return _matmul_flops((*qkv[:-3], *qkv[-2:]), kernel_size, 5)
+def _packed_backward(qkv: Any, rpb: Any, window: Any, *_: Any, **__: Any) -> int:
+    return _packed_flops(qkv, window, backward=True)

@@ -16,6 +16,7 @@ stride and causal axes).
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class Neighborhood:
     def bias_shape(self) -> tuple[int, ...]:
         """Shape of one head's relative positional bias: `2 * kernel_size - 1` offsets an axis."""
         return tuple(2 * size - 1 for size in self.kernel_size)
+
+    @property
+    def flat(self) -> tuple[int, ...]:
+        """All settings as one list of ints, in their order: how the operators take them."""
+        return (*self.kernel_size, *self.stride, *self.dilation, *map(int, self.is_causal))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def from_flat(flat: tuple[int, ...]) -> "Neighborhood":
+        """The window whose `flat` this is."""
+        dims = len(flat) // 4
+        kernel_size, stride, dilation, is_causal = (
+            flat[first : first + dims] for first in range(0, 4 * dims, dims)
+        )
+        return Neighborhood(kernel_size, stride, dilation, tuple(map(bool, is_causal)))
 
 
 def group_length(group: int, length: int, dilation: int) -> int:

@@ -46,6 +46,7 @@ class NeighborhoodAttention2D(nn.Module):
     stride: tuple[int, int]
     dilation: tuple[int, int]
     is_causal: tuple[bool, bool]
+    window: list[int]
     backend: str | None
 
     def __init__(
@@ -81,6 +82,7 @@ class NeighborhoodAttention2D(nn.Module):
         self.stride = _pair(window.stride)
         self.dilation = _pair(window.dilation)
         self.is_causal = _pair(window.is_causal)
+        self.window = list(window.flat)
         self.pad_small_inputs = pad_small_inputs
         self.backend = backend
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -119,9 +121,8 @@ class NeighborhoodAttention2D(nn.Module):
         qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim])
         # The operator itself, not `na2d_qkvpacked`: TorchScript can compile this call.
         x, _ = torch.ops.neighborhood_attention.attention_qkvpacked(
-            qkv, self.rpb, self.kernel_size, self.stride, self.dilation, self.is_causal,
-            self.scale, self.backend,
-        )  # fmt: skip
+            qkv, self.rpb, self.window, self.scale, self.backend
+        )
         x = x[:, :H, :W].reshape(B, H, W, C)
         x = self.proj_drop(self.proj(x))
         return x

@@ -3,49 +3,103 @@
 Two pairs do all the work: `attention` takes query, key and value as three tensors,
 `attention_qkvpacked` takes the packed projection. They serve every number of spatial axes, hand the
 work to a backend, and trust their arguments: the public functions have checked them.
+
+Arguments come in one order: tensors (those of `Inputs`, or qkv and rpb), then settings; a backward
+adds the results with their gradients, and for each tensor whether its gradient is needed. An
+operator cannot return None: an empty tensor stands for a gradient that is not there.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neighborhood_attention.backends import choose
+from neighborhood_attention.backends import Inputs, choose
 from neighborhood_attention.geometry import Neighborhood
 
-_SETTINGS = (
-    "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale, str? backend"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rpb, "
+    "Tensor? additional_keys, Tensor? additional_values"
 )
+_PACKED_INPUTS = "Tensor qkv, Tensor? rpb"
+_SETTINGS = "int[] window, float scale, str? backend"  # window: Neighborhood.flat
+_RESULTS = "Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, bool[] needed"
 
 
-def _define(name: str, schema: str) -> str:
-    qualified = f"neighborhood_attention::{name}"
-    torch.library.define(qualified, schema)
-    return qualified
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _forward(Inputs(*arguments[:6]), *arguments[6:])
 
 
-_ATTENTION = _define(
-    "attention",
-    f"(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_SETTINGS}) -> (Tensor, Tensor)",
-)
-_ATTENTION_BACKWARD = _define(
-    "attention_backward",
-    "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? rpb, "
-    f"Tensor output, Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-_PACKED = _define(
-    "attention_qkvpacked", f"(Tensor qkv, Tensor? rpb, {_SETTINGS}) -> (Tensor, Tensor)"
-)
-_PACKED_BACKWARD = _define(
-    "attention_qkvpacked_backward",
-    "(Tensor grad_output, Tensor? grad_lse, Tensor qkv, Tensor? rpb, "
-    f"Tensor output, Tensor lse, {_SETTINGS}) -> (Tensor, Tensor)",
-)
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, device = query.shape[:-1], query.device
+    output = torch.empty((*rows, value.shape[-1]), dtype=query.dtype, device=device)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, torch.empty(rows, dtype=lse_dtype, device=device)
 
 
-def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    gradients = _attention_buffers(*arguments)
+    _backward(Inputs(*gradients), Inputs(*arguments[:6]), *arguments[6:-1])
+    return _without_none(gradients)
+
+
+def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return _without_none(_attention_buffers(*arguments))
+
+
+def _attention_buffers(*arguments: Any) -> list[Any]:
+    """For query, key and value always; for additional keys and values both or neither."""
+    inputs, needed = arguments[:6], arguments[-1]
+    additional = needed[4] or needed[5]
+    wanted = (True, True, True, needed[3], additional, additional)
+    return [_empty(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
+
+
+def _packed(qkv: Tensor, rpb: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _forward(_unpack(qkv, rpb), *settings)
+
+
+def _packed_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _attention_fake(*qkv.unbind(-3))
+
+
+def _packed_backward(qkv: Tensor, rpb: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    grad_qkv, grad_rpb = _packed_buffers(qkv, rpb, *arguments)
+    _backward(_unpack(grad_qkv, grad_rpb), _unpack(qkv, rpb), *arguments[:-1])
+    return _without_none((grad_qkv, grad_rpb))
+
+
+def _packed_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return _without_none(_packed_buffers(*arguments))
+
+
+def _packed_buffers(qkv: Tensor, rpb: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    _, rpb_needed = arguments[-1]
+    return _empty(qkv), _empty(rpb) if rpb_needed else None
+
+
+def _unpack(qkv: Tensor, rpb: Tensor | None) -> Inputs:
     query, key, value = qkv.unbind(-3)
-    return query, key, value
+    return Inputs(query, key, value, rpb)
+
+
+def _forward(
+    inputs: Inputs, flat_window: list[int], scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    window = Neighborhood.from_flat(tuple(flat_window))
+    output, lse = choose(backend, inputs, window).forward(inputs, window, scale)
+    return output, lse
+
+
+def _backward(
+    gradients: Inputs, inputs: Inputs, flat_window: list[int], scale: float, backend: str | None,
+    output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None,
+) -> None:  # fmt: skip
+    window = Neighborhood.from_flat(tuple(flat_window))
+    choose(backend, inputs, window).backward(
+        grad_output, grad_lse, inputs, output, lse, window, scale, gradients
+    )
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -53,128 +107,86 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _empty_bias(rpb: Tensor | None, query: Tensor) -> Tensor:
-    """An operator cannot return None: an empty tensor stands for the gradient of no bias."""
-    return query.new_empty(0) if rpb is None else _empty(rpb)
+def _without_none(gradients: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(gradients[0].new_empty(0) if x is None else x for x in gradients)
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor]:
-    *axes, scale, backend = settings
-    window = Neighborhood(*map(tuple, axes))
-    output, lse = choose(backend, query, rpb, window).forward(query, key, value, rpb, window, scale)
-    return output, lse
+def _differentiable(count: int, forward: Any, backward: Any) -> Callable[..., Any]:
+    """What runs `forward` where PyTorch records gradients; its first `count` arguments are tensors.
+
+    As `torch.library.register_autograd` makes it, in half the time a call.
+    """
+
+    def below_autograd(keys: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results: tuple[Tensor, Tensor] = forward.redispatch(keys, *arguments)
+        return results
+
+    class NeighborhoodAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+            results = below_autograd(keys, arguments)
+            ctx.set_materialize_grads(False)
+            ctx.settings = arguments[count:]
+            ctx.save_for_backward(*arguments[:count], *results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():
+                raise NotImplementedError(
+                    "neighborhood attention has no second derivative: "
+                    "create_graph=True is not supported"
+                )
+            *inputs, output, lse = ctx.saved_tensors
+            needed = ctx.needs_input_grad[1 : 1 + count]
+            if grad_output is None and grad_lse is None:
+                return (None,) * len(ctx.needs_input_grad)
+            if grad_output is None:
+                grad_output = torch.zeros_like(output)
+            results = output, lse, grad_output, grad_lse
+            gradients = backward(*inputs, *ctx.settings, *results, needed)
+            gradients = [x if n else None for x, n in zip(gradients, needed, strict=True)]
+            return None, *gradients, *(None for _ in ctx.settings)
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        keys &= torch._C._after_autograd_keyset
+        tensors = arguments[:count]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return NeighborhoodAttention.apply(keys, *arguments)
+        return below_autograd(keys, arguments)
+
+    return kernel
 
 
-def _attention_backward(
-    grad_output: Tensor, grad_lse: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None,
-    output: Tensor, lse: Tensor, *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = _empty(query), _empty(key), _empty(value)
-    grad_rpb = _fill_gradients(
-        grads, grad_output, grad_lse, query, key, value, rpb, output, lse, *settings
+_library = torch.library.Library("neighborhood_attention", "DEF")
+
+
+def _register(
+    name: str, tensors: str, forward: Any, forward_fake: Any, backward: Any, backward_fake: Any
+) -> None:
+    count = tensors.count(",") + 1
+    gradients = ", ".join(["Tensor"] * count)
+    _library.define(f"{name}({tensors}, {_SETTINGS}) -> (Tensor, Tensor)")
+    _library.define(f"{name}_backward({tensors}, {_SETTINGS}, {_RESULTS}) -> ({gradients})")
+    for suffix, kernel, fake in (
+        ("", forward, forward_fake),
+        ("_backward", backward, backward_fake),
+    ):
+        _library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"neighborhood_attention::{name}{suffix}", fake, lib=_library)
+    operators = (
+        getattr(torch.ops.neighborhood_attention, name + suffix).default
+        for suffix in ("", "_backward")
     )
-    return *grads, grad_rpb
+    _library.impl(name, _differentiable(count, *operators), "Autograd", with_keyset=True)
 
 
-def _attention_qkvpacked(qkv: Tensor, rpb: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _attention(*_unpack(qkv), rpb, *settings)
-
-
-def _attention_qkvpacked_backward(
-    grad_output: Tensor, grad_lse: Tensor | None,
-    qkv: Tensor, rpb: Tensor | None,
-    output: Tensor, lse: Tensor, *settings: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_qkv = _empty(qkv)
-    grad_rpb = _fill_gradients(
-        _unpack(grad_qkv), grad_output, grad_lse, *_unpack(qkv), rpb, output, lse, *settings
-    )
-    return grad_qkv, grad_rpb
-
-
-def _fill_gradients(
-    grads: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, grad_lse: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None,
-    output: Tensor, lse: Tensor, *settings: Any,
-) -> Tensor:  # fmt: skip
-    """Fills the gradients of query, key and value; returns the bias's."""
-    *axes, scale, backend = settings
-    window = Neighborhood(*map(tuple, axes))
-    grad_rpb: Tensor | None = choose(backend, query, rpb, window).backward(
-        grad_output, grad_lse, query, key, value, rpb, output, lse, window, scale, *grads
-    )
-    return _empty_bias(rpb, query) if grad_rpb is None else grad_rpb
-
-
-@torch.library.register_fake(_ATTENTION)
-def _attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _empty(query), torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
-
-
-@torch.library.register_fake(_PACKED)
-def _packed_fake(qkv: Tensor, rpb: Tensor | None, *_: Any) -> Any:
-    return _attention_fake(*_unpack(qkv), rpb)
-
-
-@torch.library.register_fake(_ATTENTION_BACKWARD)
-def _attention_backward_fake(
-    grad_output: Tensor, grad_lse: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty(query), _empty(key), _empty(value), _empty_bias(rpb, query)
-
-
-@torch.library.register_fake(_PACKED_BACKWARD)
-def _packed_backward_fake(
-    grad_output: Tensor, grad_lse: Tensor | None, qkv: Tensor, rpb: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return _empty(qkv), _empty_bias(rpb, qkv)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    split = len(inputs) - _SETTINGS.count(",") - 1
-    ctx.set_materialize_grads(False)
-    ctx.settings = inputs[split:]
-    ctx.save_for_backward(*inputs[:split], *output)
-
-
-def _gradients(
-    operator: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "neighborhood attention has no second derivative: create_graph=True is not supported"
-        )
-    *inputs, output, lse = ctx.saved_tensors
-    if grad_output is None and grad_lse is None:
-        return (None,) * (len(inputs) + len(ctx.settings))
-    if grad_output is None:
-        grad_output = torch.zeros_like(output)
-    *grads, grad_rpb = operator(grad_output, grad_lse, *inputs, output, lse, *ctx.settings)
-    return *grads, None if inputs[-1] is None else grad_rpb, *(None for _ in ctx.settings)
-
-
-def _attention_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    return _gradients(torch.ops.neighborhood_attention.attention_backward, ctx, *grads)
-
-
-def _packed_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    return _gradients(torch.ops.neighborhood_attention.attention_qkvpacked_backward, ctx, *grads)
-
-
-for _name, _kernel in (
-    (_ATTENTION, _attention),
-    (_ATTENTION_BACKWARD, _attention_backward),
-    (_PACKED, _attention_qkvpacked),
-    (_PACKED_BACKWARD, _attention_qkvpacked_backward),
-):
-    torch.library.impl(_name, "CompositeExplicitAutograd", _kernel)
-
-torch.library.register_autograd(_ATTENTION, _attention_gradients, setup_context=_save)
-torch.library.register_autograd(_PACKED, _packed_gradients, setup_context=_save)
+_register(
+    "attention", _INPUTS,
+    _attention, _attention_fake, _attention_backward, _attention_backward_fake,
+)  # fmt: skip
+_register(
+    "attention_qkvpacked", _PACKED_INPUTS,
+    _packed, _packed_fake, _packed_backward, _packed_backward_fake,
+)  # fmt: skip

@@ -1,20 +1,24 @@
 """The implementations of the operators, and the choice among them.
 
-A backend is a module with three functions:
+A backend is a module with three functions of `Inputs`:
 
-    supports(query, rpb, window) -> str | None
+    supports(inputs, window) -> str | None
         Why it cannot run this problem, or None when it can.
-    forward(query, key, value, rpb, window, scale) -> (output, lse)
-        Both contiguous.
-    backward(grad_output, grad_lse, query, key, value, rpb, output, lse, window, scale,
-             grad_query, grad_key, grad_value) -> grad_rpb | None
-        Fills the three gradient buffers given to it; they may be strided views.
+    forward(inputs, window, scale) -> (output, lse)
+        [B, *spatial, heads, D_v] in the inputs' dtype and [B, *spatial, heads] in fp32 (fp64 for
+        fp64), both contiguous.
+    backward(grad_output, grad_lse, inputs, output, lse, window, scale, gradients) -> None
+        Fills `gradients`, `Inputs` of buffers shaped as the inputs. Those of query, key and value
+        are always there and may be strided views of a packed gradient. Those of rpb, and of both
+        additional tensors, are None without such an input or a need of its gradient. `grad_lse` may
+        be None; `grad_output` may have any strides.
 """
 
 import importlib
 import logging
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +29,24 @@ BACKENDS = {
     "fused": "neighborhood_attention.backends.triton.fused",
     "reference": "neighborhood_attention.backends.reference",
 }
+
+
+class Inputs(NamedTuple):
+    """The tensors of a problem; of any strides, all but `rpb` in one dtype.
+
+    Query head h uses key head h // (heads // key_heads): one key head for several query heads is
+    grouped-query attention (arXiv 2305.13245), a single one multi-query attention (arXiv
+    1911.02150). Every query sees the S additional keys, unmasked and without a bias, in the same
+    softmax with the same scale.
+    """
+
+    query: Tensor  # [B, *spatial, heads, D]
+    key: Tensor  # [B, *spatial, key_heads, D]; key_heads divides heads
+    value: Tensor  # [B, *spatial, key_heads, D_v]
+    rpb: Tensor | None = None  # [heads, *(2 * kernel_size - 1)], any floating dtype
+    additional_keys: Tensor | None = None  # [B, S, key_heads, D], S may be 0
+    additional_values: Tensor | None = None  # [B, S, key_heads, D_v], where there are keys
+
 
 _log = logging.getLogger("neighborhood_attention")
 
@@ -40,9 +62,7 @@ def resolve_backend(device_type: str) -> str:
     return "fused" if device_type == "cuda" else "reference"
 
 
-def choose(
-    backend: str | None, query: Tensor, rpb: Tensor | None, window: Neighborhood
-) -> ModuleType:
+def choose(backend: str | None, inputs: Inputs, window: Neighborhood) -> ModuleType:
     """The module that runs this problem.
 
     Raises:
@@ -50,13 +70,14 @@ def choose(
         NotImplementedError: The backend asked for cannot run the problem.
     """
     check_name(backend)
-    name = backend or resolve_backend(query.device.type)
+    name = backend or resolve_backend(inputs.query.device.type)
     try:
-        reason = load(name).supports(query, rpb, window)
+        module = load(name)
+        reason = module.supports(inputs, window)
     except ModuleNotFoundError as error:
         reason = f"needs the package {error.name}, which is not installed"
     if reason is None:
-        return load(name)
+        return module
     if backend is not None:
         raise NotImplementedError(f"{backend=} {reason}")
     _log_fallback(name, reason)
@@ -74,4 +95,4 @@ def _log_fallback(name: str, reason: str) -> None:
     _log.info("backend 'reference' is used: %r %s", name, reason)
 
 
-__all__ = ["BACKENDS", "check_name", "choose", "load", "resolve_backend"]
+__all__ = ["BACKENDS", "Inputs", "check_name", "choose", "load", "resolve_backend"]

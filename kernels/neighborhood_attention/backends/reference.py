@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neighborhood_attention.backends import Inputs
 from neighborhood_attention.geometry import (
     Neighborhood,
     bias_index,
@@ -50,28 +51,23 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast would round the scores."""
 
     @wraps(function)
-    def call(tensor: Tensor, *others: Any) -> Any:
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(tensor, *others)
+    def call(*arguments: Any) -> Any:
+        inputs = next(x for x in arguments if isinstance(x, Inputs))
+        with torch.autocast(inputs.query.device.type, enabled=False):
+            return function(*arguments)
 
     return call
 
 
-def supports(query: Tensor, rpb: Tensor | None, window: Neighborhood) -> str | None:
+def supports(inputs: Inputs, window: Neighborhood) -> str | None:
     """Runs everything."""
     return None
 
 
 @_without_autocast
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    window: Neighborhood,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; computes in fp32, or fp64 for fp64."""
+    query, key, value, rpb, *_ = inputs
     dtype = _compute_dtype(query)
     output = torch.empty(value.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
@@ -89,22 +85,20 @@ def forward(
 def backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
+    inputs: Inputs,
     output: Tensor,
     lse: Tensor,
     window: Neighborhood,
     scale: float,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-) -> Tensor | None:
-    """Fills the gradient buffers; returns the bias's gradient."""
+    gradients: Inputs,
+) -> None:
+    """Fills the gradient buffers."""
+    query, key, value, rpb, *_ = inputs
     dtype = _compute_dtype(query)
     key_sum, value_sum = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
-    bias_sum = None if rpb is None else torch.zeros(rpb.shape, dtype=dtype, device=rpb.device)
+    bias_sum = None
+    if gradients.rpb is not None:
+        bias_sum = torch.zeros(gradients.rpb.shape, dtype=dtype, device=query.device)
     for axes, bias, batch in _pieces(query, rpb, window):
         queries, keys = [axis.queries for axis in axes], [axis.keys for axis in axes]
         is_query = _outer([axis.is_query for axis in axes]).unsqueeze(-1)
@@ -124,12 +118,13 @@ def backward(
         if bias_sum is not None:
             _add_at_bias(bias_sum, grad_scores.sum(0), axes)
         grad = grad_scores @ _gather(key[batch], keys).to(dtype)
-        _scatter_queries(grad_query[batch], grad.mul_(scale), axes)
+        _scatter_queries(gradients.query[batch], grad.mul_(scale), axes)
         grad = grad_scores.mT @ _gather(query[batch], queries).to(dtype)
         _add_at_keys(key_sum[batch], grad.mul_(scale), axes)
-    grad_key.copy_(key_sum)
-    grad_value.copy_(value_sum)
-    return None if bias_sum is None or rpb is None else bias_sum.to(rpb.dtype)
+    gradients.key.copy_(key_sum)
+    gradients.value.copy_(value_sum)
+    if gradients.rpb is not None and bias_sum is not None:
+        gradients.rpb.copy_(bias_sum)
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from neighborhood_attention import na2d, na2d_qkvpacked
 
 ops = torch.ops.neighborhood_attention
-SETTINGS = ([3, 2], [1, 1], [2, 1], [False, False], 0.4, "reference")
+SETTINGS = ([3, 2, 1, 1, 2, 1, 0, 0], 0.4, "reference")
 
 
 def problem(batch=2, requires_grad=False, rpb=True):
@@ -19,7 +19,7 @@ def test_the_operators_keep_pytorchs_rules(rpb):
     qkv, bias = problem(requires_grad=True, rpb=rpb)
     query, key, value = (x.detach().requires_grad_() for x in qkv.unbind(3))
     torch.library.opcheck(ops.attention_qkvpacked, (qkv, bias, *SETTINGS))
-    torch.library.opcheck(ops.attention, (query, key, value, bias, *SETTINGS))
+    torch.library.opcheck(ops.attention, (query, key, value, bias, None, None, *SETTINGS))
 
 
 @pytest.mark.parametrize("rpb", [True, False], ids=["rpb", "plain"])
@@ -28,9 +28,12 @@ def test_the_backward_operators_keep_pytorchs_rules(rpb, with_lse):
     qkv, bias = problem(rpb=rpb)
     output, lse = ops.attention_qkvpacked(qkv, bias, *SETTINGS)
     grads = torch.randn_like(output), torch.randn_like(lse) if with_lse else None
-    saved = bias, output, lse, *SETTINGS
-    torch.library.opcheck(ops.attention_qkvpacked_backward, (*grads, qkv, *saved))
-    torch.library.opcheck(ops.attention_backward, (*grads, *qkv.unbind(3), *saved))
+    results = *SETTINGS, output, lse, *grads
+    torch.library.opcheck(ops.attention_qkvpacked_backward, (qkv, bias, *results, [True, rpb]))
+    needed = [True, True, True, rpb, False, False]
+    torch.library.opcheck(
+        ops.attention_backward, (*qkv.unbind(3), bias, None, None, *results, needed)
+    )
 
 
 def packed(qkv, rpb):
