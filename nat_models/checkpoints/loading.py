@@ -1,0 +1,118 @@
+"""Loading weights of any known layout into a model, and saying why they do not fit."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from timm.layers import resize_rel_pos_bias_table_simple
+from torch import Size, Tensor, nn
+
+from nat_models.checkpoints.files import CheckpointError, StateDict, read_checkpoint
+from nat_models.checkpoints.layouts import to_ours
+
+# What a model may do without: a buffer that follows from its size, norms of levels, the classifier.
+_OPTIONAL = re.compile(r"\.relative_position_index$|^stage_norms\.|^head\.")
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint of any known layout into a model.
+
+    Args:
+        model: The model; unchanged if the checkpoint does not fit.
+        path: A safetensors file, or one that `torch.save` wrote.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its keys or shapes are not the model's.
+    """
+    state_dict = read_checkpoint(path)
+    try:
+        state_dict = checkpoint_filter_fn(state_dict, model)
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+    load_weights(model, state_dict, path)
+
+
+def load_weights(model: nn.Module, state_dict: StateDict, path: str | Path) -> None:
+    """Load a state dict whose keys are the model's own.
+
+    Args:
+        model: The model; unchanged if the state dict does not fit.
+        state_dict: Tensors by key.
+        path: The file that they come from, for the error.
+
+    Raises:
+        CheckpointError: The keys or shapes are not the model's.
+    """
+    if problems := mismatches(state_dict, model.state_dict()):
+        raise CheckpointError(path, f"does not fit {type(model).__name__}:{shown(problems)}")
+    model.load_state_dict(state_dict)
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Bring a state dict of any known layout into the model's.
+
+    Tables of relative positional biases are resized where the model's kernel size is another one.
+    A classifier and norms of the levels' outputs are left out if the model has none.
+
+    Args:
+        state_dict: Tensors by key; not modified.
+        model: The model to be loaded.
+
+    Returns:
+        A new state dict. Keys of no known layout are passed on as they are.
+
+    Raises:
+        ValueError: The state dict holds several models.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    return {
+        key: _resized(value, wanted[key].shape) if key.endswith(".rpb") and key in wanted else value
+        for key, value in to_ours(state_dict).items()
+        if key in wanted or not _OPTIONAL.search(key)
+    }
+
+
+def convert_before_loading(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Let `model.load_state_dict` take every known layout.
+
+    A hook for `Module.register_load_state_dict_pre_hook`. timm loads what `create_model`'s
+    `checkpoint_path` and its scripts' `--checkpoint` name without any filter.
+
+    Raises:
+        ValueError: The state dict holds several models.
+    """
+    given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    ours = checkpoint_filter_fn(
+        {key.removeprefix(prefix): value for key, value in given.items()}, model
+    )
+    state_dict.update({prefix + key: value for key, value in ours.items()})
+
+
+def mismatches(state_dict: StateDict, expected: StateDict) -> list[str]:
+    """Describe every key that is missing, unexpected or of another shape."""
+    given = {key: list(value.shape) for key, value in state_dict.items()}
+    wanted = {key: list(value.shape) for key, value in expected.items()}
+    return [
+        *(
+            f"{key} has shape {given[key]}, the model's {shape}"
+            for key, shape in wanted.items()
+            if given.get(key, shape) != shape
+        ),
+        *(f"{key} {shape} is missing" for key, shape in wanted.items() if key not in given),
+        *(f"{key} {shape} is not the model's" for key, shape in given.items() if key not in wanted),
+    ]
+
+
+def shown(problems: list[str], most: int = 5) -> str:
+    """The first of them, one a line."""
+    more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
+    return "".join(f"\n  {problem}" for problem in problems[:most]) + more
+
+
+def _resized(table: Tensor, shape: Size) -> Tensor:
+    """Resize a bias table bicubically, as the original did for larger kernels."""
+    kernel_size = ((shape[1] + 1) // 2, (shape[2] + 1) // 2)
+    resized: Tensor = resize_rel_pos_bias_table_simple(table, kernel_size, shape)
+    return resized
