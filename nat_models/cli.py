@@ -50,11 +50,11 @@ def bench(cfg: DictConfig) -> Any:
 
 
 def _run(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Run a command: bad input ends in one line and exit code 2, a stop (SIGTERM) in 143."""
+    """Run a command: bad input is a line and exit code 2, an end of the run 1, a stop 143."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from nat_models.engine.console import set_up_logging
-    from nat_models.errors import ConfigError
+    from nat_models.errors import ConfigError, RunStopped
 
     set_up_logging()
     try:
@@ -64,6 +64,9 @@ def _run(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
             raise
         _log.error("error: %s", error)
         sys.exit(2)
+    except RunStopped as error:
+        _log.error("error: %s", error)
+        sys.exit(1)
     except SIGTERMException:
         _log.info("told to stop: saved, continue with ckpt=last")
         sys.exit(143)

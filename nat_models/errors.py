@@ -19,3 +19,7 @@ def bad_input() -> Iterator[None]:
         raise ConfigError(str(error.__cause__ or error)) from error
     except (ValueError, TypeError, ImportError, AssertionError, OSError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
+
+
+class RunStopped(RuntimeError):
+    """A run cannot go on, by no fault of the program; the message tells what is left of it."""

@@ -1,4 +1,4 @@
-"""What Lightning's own callbacks do not do."""
+"""What a run shows while it runs: the progress bar, and a line an epoch."""
 
 import logging
 import time
@@ -8,10 +8,8 @@ from typing import Any
 import rich
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
-from torch.optim import Optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -34,62 +32,13 @@ class ProgressBar(RichProgressBar):
         return metrics
 
 
-class FiniteGuard(Callback):
-    """Stops a run before a non-finite gradient reaches the weights."""
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Check all gradients.
-
-        Raises:
-            FloatingPointError: One of them is infinite or not a number.
-        """
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return  # fp16 overflows now and then; its scaler skips such steps
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise FloatingPointError(
-                f"step {trainer.global_step}: the loss or a gradient is not finite; the weights "
-                "are those of the step before. A lower optimizer.lr may help"
-            )
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Saves after every epoch and when the run is told to stop (SIGTERM).
-
-    Lightning stops between two steps, also between those of a validation, which it cannot resume
-    there: so a validation is finished first.
-    """
-
-    _told_to_stop = False
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Put a stop off."""
-        signals = trainer._signal_connector
-        self._told_to_stop |= signals.received_sigterm
-        signals.received_sigterm = False
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up a stop again."""
-        trainer._signal_connector.received_sigterm |= self._told_to_stop
-        super().on_validation_end(trainer, pl_module)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Save between two training steps; other exceptions may come in the middle of one."""
-        self.save_on_exception = isinstance(exception, SIGTERMException) and not trainer.validating
-        super().on_exception(trainer, pl_module, exception)
-
-
 class History(Callback):
     """Loss and accuracy of each epoch: printed, and kept in the checkpoints to survive a resume."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self._loss_sum: Tensor | float = 0.0
-        self._batches = 0
+        self._batches: Tensor | int = 0
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,15 +53,17 @@ class History(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the batch's loss, without waiting for the device."""
-        self._loss_sum = self._loss_sum + outputs["loss"].detach()
-        self._batches += 1
+        """Add the batch's loss if it is finite, without waiting for the device."""
+        loss = outputs["loss"].detach()
+        finite = loss.isfinite()
+        self._loss_sum = self._loss_sum + torch.where(finite, loss, 0.0)
+        self._batches = self._batches + finite
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the epoch and print it."""
         now = time.monotonic()
         epoch = {
-            "train/loss": float(self._loss_sum) / max(1, self._batches),
+            "train/loss": float(self._loss_sum) / max(1, int(self._batches)),
             "seconds": now - self._clock,
         }
         for name, value in trainer.callback_metrics.items():
@@ -127,7 +78,7 @@ class History(Callback):
         return {
             "epochs": self.epochs,
             "loss_sum": float(self._loss_sum),
-            "batches": self._batches,
+            "batches": int(self._batches),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import nat_models  # noqa: F401 - registers the models
+from nat_models.engine.non_finite import clip_or_skip
 from neighborhood_attention import NeighborhoodAttention2D, list_backends
 
 Batch = tuple[Tensor, Tensor]
@@ -46,6 +47,7 @@ class Classifier(LightningModule):
         self.optimizer_args = dict(optimizer or {})
         self.scheduler_args = dict(scheduler or {})
         self.label_smoothing = label_smoothing
+        self.gradient_norm: Tensor
         classes: int = self.model.num_classes
         self.val_loss = MeanMetric()
         self.val_accuracy = MetricCollection(
@@ -116,6 +118,15 @@ class Classifier(LightningModule):
                 f"scheduler={self.scheduler_args}, trainer.max_epochs={epochs}: {error}"
             ) from error
         return optimizer, scheduler
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the total norm, which tells also whether the step may be taken."""
+        self.gradient_norm = clip_or_skip(optimizer, gradient_clip_val)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step timm's schedules by the number of updates."""

@@ -20,6 +20,11 @@ TINY = [
 QUIET = ["callbacks.progress=null", "trainer.accelerator=cpu"]
 
 
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for long
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A run of two steps."""
