@@ -2,14 +2,20 @@
 
 import difflib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import timm
 from lightning import LightningModule
-from timm.optim import create_optimizer_v2
+from timm.optim import (
+    create_optimizer_v2,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
@@ -17,9 +23,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import nat_models  # noqa: F401 - registers the models
 from nat_models.engine.non_finite import clip_or_skip
+from nat_models.engine.sharding import shard
 from neighborhood_attention import NeighborhoodAttention2D, list_backends
 
 Batch = tuple[Tensor, Tensor]
+FUSED = ("adam", "adamw", "sgd")  # timm's names of PyTorch's optimizers with fused kernels
 
 
 class Classifier(LightningModule):
@@ -32,6 +40,9 @@ class Classifier(LightningModule):
         optimizer: Arguments of `timm.optim.create_optimizer_v2`.
         scheduler: Arguments of `timm.scheduler.create_scheduler_v2`; its epochs are the trainer's.
         label_smoothing: Share of each target spread evenly over the classes.
+        compile: Whether training runs through `torch.compile`.
+        grad_checkpointing: Whether to compute activations anew in the backward pass: less memory,
+            more time.
     """
 
     def __init__(
@@ -40,6 +51,8 @@ class Classifier(LightningModule):
         optimizer: Mapping[str, Any] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -47,7 +60,10 @@ class Classifier(LightningModule):
         self.optimizer_args = dict(optimizer or {})
         self.scheduler_args = dict(scheduler or {})
         self.label_smoothing = label_smoothing
+        self.compiles = compile
         self.gradient_norm: Tensor
+        if grad_checkpointing:
+            checkpoint_activations(self.model)
         classes: int = self.model.num_classes
         self.val_loss = MeanMetric()
         self.val_accuracy = MetricCollection(
@@ -78,6 +94,16 @@ class Classifier(LightningModule):
         self.log("val/loss", self.val_loss)
         self.log_dict(self.val_accuracy)
 
+    def configure_model(self) -> None:
+        """Divide the model among the processes, if the strategy asks for it."""
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            shard(self.model, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Compile in place: the names of the weights stay."""
+        if self.compiles:
+            self.model.compile()
+
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule, stepped every update."""
         epochs = self.trainer.max_epochs
@@ -102,7 +128,7 @@ class Classifier(LightningModule):
             ValueError: timm cannot make one of them; the message names the configuration group.
         """
         try:
-            optimizer = create_optimizer_v2(self.model, **self.optimizer_args)
+            optimizer = self._optimizer(**self.optimizer_args)
         except (ValueError, TypeError) as error:
             raise ValueError(f"optimizer={self.optimizer_args}: {error}") from error
         try:
@@ -119,6 +145,25 @@ class Classifier(LightningModule):
             ) from error
         return optimizer, scheduler
 
+    def _optimizer(self, decay_rpb: bool = False, **options: Any) -> Optimizer:
+        if decay_rpb:
+            options["param_group_fn"] = partial(
+                param_groups, options.get("weight_decay", 0.0), options.pop("layer_decay", None)
+            )
+        if self._can_fuse(options.get("opt")):
+            options["fused"] = True
+        return create_optimizer_v2(self.model, **options)
+
+    def _can_fuse(self, name: str | None) -> bool:
+        """Whether the optimizer's kernels can take all weights at once and skip bad steps."""
+        trainer = self._trainer
+        return (
+            name in FUSED
+            and trainer is not None
+            and trainer.strategy.root_device.type == "cuda"
+            and trainer.precision != "16-mixed"  # its scaler does not let gradients be clipped then
+        )
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -131,6 +176,41 @@ class Classifier(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step timm's schedules by the number of updates."""
         scheduler.step_update(self.global_step)
+
+
+def param_groups(
+    weight_decay: float, layer_decay: float | None, model: nn.Module
+) -> list[dict[str, Any]]:
+    """Parameter groups in which only biases and norms are left undecayed.
+
+    timm leaves out what the model's `no_weight_decay` names too, here the tables of relative
+    positional biases. The published models were trained with these decayed.
+
+    Args:
+        weight_decay: Of all other parameters.
+        layer_decay: Factor of the learning rate from a layer to the one before; None: 1.
+        model: Model to be optimized.
+    """
+    groups: list[dict[str, Any]]
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay)
+    else:
+        groups = param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+    return groups
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Turn activation checkpointing on.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"task.grad_checkpointing=true: {type(model).__name__} does not support it"
+        ) from error
 
 
 def build_model(

@@ -16,10 +16,13 @@ from nat_models import viz
 from nat_models.checkpoints import load_weights
 from nat_models.data import ImageDataModule
 from nat_models.engine import facts
+from nat_models.engine.averaging import EMA
 from nat_models.engine.callbacks import History, ProgressBar, accuracy
 from nat_models.engine.checkpoint_io import AtomicCheckpointIO
 from nat_models.engine.console import log_to_file
+from nat_models.engine.folder import claim, resume_path, share_output_dir
 from nat_models.engine.module import Classifier, neighborhood_attentions
+from nat_models.engine.sharding import FSDP2
 from nat_models.engine.trained import TrainedRun
 from nat_models.errors import bad_input
 
@@ -43,7 +46,8 @@ def train(cfg: DictConfig) -> float:
     with bad_input():
         if cfg.objective not in OBJECTIVES:
             raise ValueError(f"objective={cfg.objective}: expected one of {OBJECTIVES}")
-        resumed = TrainedRun.read(_resume_path(cfg)) if cfg.ckpt else None
+        path = resume_path(cfg)
+        resumed = TrainedRun.read(path) if path else None
         _set_up_torch(cfg)
         data: ImageDataModule = instantiate(
             cfg.data,
@@ -65,18 +69,20 @@ def train(cfg: DictConfig) -> float:
             resumed.check_same_model(model)
             load_weights(module, resumed.state_dict, resumed.path)
             cfg.paths.output_dir = str(resumed.path.parent)
-        _share_output_dir(cfg)
+        share_output_dir(cfg)
         output = Path(cfg.paths.output_dir)
         trainer = _trainer(cfg)
-        _claim(output, resuming=resumed is not None)
+        _accumulate(trainer, cfg)
+        claim(output, resuming=resumed is not None)
     with log_to_file(output / "train.log"):
         _record_start(output, cfg, trainer, module, data)
         trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         best = output / "best.ckpt"
         # Not by the trainer's ckpt_path, which would take the callbacks back to that epoch too.
-        load_weights(module, TrainedRun.read(best).state_dict, best)
+        module = TrainedRun.read(best).module({"attention_backend": cfg.model.attention_backend})
+        _draw(output, trainer, module, data)
         [metrics] = trainer.validate(module, data, verbose=False)
-        _record_end(output, metrics, trainer, module, data)
+        _write_metrics(output, metrics)
         _log.info("%s  %s", accuracy(metrics), best)
     objective: float = metrics[cfg.objective]
     return objective
@@ -132,6 +138,12 @@ def _trainer(cfg: DictConfig, **options: Any) -> Trainer:
     if cfg.trainer.precision == "auto":
         options["precision"] = _precision(cfg.trainer.accelerator)
     callbacks: list[Callback] = [instantiate(c) for c in (cfg.callbacks or {}).values() if c]
+    if cfg.trainer.strategy == "fsdp2":
+        if any(isinstance(c, EMA) for c in callbacks):
+            raise ValueError(
+                "trainer.strategy=fsdp2: the weights' average (callbacks.ema) is whole"
+            )
+        options["strategy"] = FSDP2()
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -150,7 +162,26 @@ def _precision(accelerator: str) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
+def _accumulate(trainer: Trainer, cfg: DictConfig) -> None:
+    """Accumulate batches until all processes together have used the images of one step."""
+    if cfg.global_batch_size is None:
+        return
+    at_once = cfg.data.batch_size * trainer.world_size
+    if cfg.global_batch_size % at_once:
+        raise ValueError(
+            f"global_batch_size={cfg.global_batch_size}: expected a multiple of {at_once}, "
+            f"data.batch_size={cfg.data.batch_size} times {trainer.world_size} processes"
+        )
+    trainer.accumulate_grad_batches = cfg.global_batch_size // at_once
+
+
 def _set_up_torch(cfg: DictConfig) -> None:
+    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = cfg.tf32
+    if "paths" in cfg:
+        for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            folder = Path(cfg.paths.cache, variable.partition("_")[0].lower())
+            os.environ.setdefault(variable, str(folder.absolute()))
     if cfg.threads is not None:
         if not isinstance(cfg.threads, int) or cfg.threads < 1:
             raise ValueError(f"threads={cfg.threads}: expected an integer, at least 1")
@@ -159,16 +190,6 @@ def _set_up_torch(cfg: DictConfig) -> None:
         if cfg.seed not in range(2**32):
             raise ValueError(f"seed={cfg.seed}: expected an integer from 0 to {2**32 - 1}")
         seed_everything(cfg.seed, verbose=False)
-
-
-def _resume_path(cfg: DictConfig) -> Path:
-    if cfg.ckpt != "last":
-        return Path(cfg.ckpt)
-    folder = Path(cfg.paths.root, cfg.name)
-    found = sorted(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError(f"ckpt=last: there is no last.ckpt under {folder}")
-    return found[-1]
 
 
 def _check_fits(data: ImageDataModule, module: Classifier) -> None:
@@ -189,31 +210,6 @@ def _check_fits(data: ImageDataModule, module: Classifier) -> None:
         )
 
 
-def _share_output_dir(cfg: DictConfig) -> None:
-    """One folder for all processes: those that Lightning starts compose anew, and later."""
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        os.environ["NAT_MODELS_OUTPUT_DIR"] = cfg.paths.output_dir
-    cfg.paths.output_dir = os.environ.get("NAT_MODELS_OUTPUT_DIR", cfg.paths.output_dir)
-
-
-@rank_zero_only
-def _claim(output: Path, resuming: bool) -> None:
-    """Make the run's folder; two runs must not write to one."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / ".writable").touch()
-        (output / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(
-            f"paths.output_dir={output}: expected a folder that can be written to: {error}"
-        ) from error
-    if not resuming and (output / "last.ckpt").exists():
-        raise ValueError(
-            f"paths.output_dir={output}: holds another run; continue it with "
-            f"ckpt={output}/last.ckpt or choose another folder"
-        )
-
-
 @rank_zero_only
 def _record_start(
     output: Path, cfg: DictConfig, trainer: Trainer, module: Classifier, data: ImageDataModule
@@ -226,22 +222,20 @@ def _record_start(
 
 
 @rank_zero_only
-def _record_end(
-    output: Path,
-    metrics: Any,
-    trainer: Trainer,
-    module: Classifier,
-    data: ImageDataModule,
-) -> None:
-    _write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
+def _draw(output: Path, trainer: Trainer, module: Classifier, data: ImageDataModule) -> None:
     for history in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(history, History) and history.epochs:
             viz.curves(history.epochs).savefig(output / "curves.png")
     if neighborhood_attentions(module.model):
         image, picture = data.example()
-        device = trainer.strategy.root_device  # a finished trainer has moved the model off it
+        device = trainer.strategy.root_device
         figure = viz.neighborhoods(module.model.to(device), image.to(device), picture)
         figure.savefig(output / "neighborhoods.png")
+
+
+@rank_zero_only
+def _write_metrics(output: Path, metrics: Any) -> None:
+    _write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
 
 
 def _write_json(path: Path, content: Any) -> None:

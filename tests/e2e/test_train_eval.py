@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nat_models.engine import run
@@ -83,21 +84,37 @@ def test_any_model_by_name_on_a_folder_of_images(compose, tmp_path):
         assert metrics["val/top5"] == 1.0
 
 
-def test_two_processes_share_one_folder(small, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), *small, "debug=short", "trainer.devices=2"]
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_and_share_a_folder(small, compose, tmp_path, strategy):
+    options = [*small, "debug=short", "optimizer.opt=sgd", "optimizer.lr=0.1"]
+    options += ["trainer.limit_val_batches=null", "global_batch_size=32"]
+    run.train(compose("train", *options, f"paths.output_dir={tmp_path}/one"))
+    options += ["trainer.devices=2", f"trainer.strategy={strategy}", "data.batch_size=8"]
+    options += ["trainer.limit_train_batches=4", f"paths.root={tmp_path}", "name=two"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
-        [*command, f"paths.root={tmp_path}"],
+        [sys.executable, str(ROOT / "train.py"), *options],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    [folder] = tmp_path.glob("debug/*")
+    [folder] = tmp_path.glob("two/*")
     log = (folder / "train.log").read_text()
     assert log.count("device ") == log.count("epoch 1/1") == 1
-    assert (folder / "best.ckpt").exists()
+    ours, theirs = (
+        torch.load(path / "last.ckpt", weights_only=True)["state_dict"]
+        for path in (folder, tmp_path / "one")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
+    ours, theirs = (
+        json.loads((path / "metrics.json").read_text()) for path in (folder, tmp_path / "one")
+    )
+    assert ours["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-4)
 
 
 @pytest.mark.gpu

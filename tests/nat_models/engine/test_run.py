@@ -63,9 +63,14 @@ def checkpoint(tmp_path_factory) -> Path:
         (["data.name=wds/x"], r"data\.name='wds/x': streamed data sets are not supported"),
         (["model.pretrained=true"], r"model\.pretrained=true: no weights for test_vit"),
         (["seed=-1"], r"seed=-1: expected an integer from 0"),
+        (["global_batch_size=6"], r"global_batch_size=6: expected a multiple of 4.*batch_size=4"),
+        (["callbacks=ema", "trainer.strategy=fsdp2"], r"trainer\.strategy=fsdp2: .*callbacks\.ema"),
+        (["trainer.strategy=dp2"], r"strategy.*dp2"),
+        (["callbacks.non_finite.patience=0"], r"callbacks\.non_finite\.patience=0: expected"),
         (["ckpt=no/last.ckpt"], r"no/last\.ckpt: no such file"),
         (["ckpt=last", "name=never"], r"ckpt=last: there is no last\.ckpt under .*never"),
     ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
 def test_train_refuses(compose, tmp_path, overrides, message):
     paths = [f"paths.root={tmp_path}", f"paths.output_dir={tmp_path}/run"]
