@@ -78,11 +78,9 @@ class NeighborhoodAttention2D(nn.Module):
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.scale = float(checked_scale("qk_scale", qk_scale, self.head_dim))
-        self.kernel_size = _pair(window.kernel_size)
         self.stride = _pair(window.stride)
-        self.dilation = _pair(window.dilation)
         self.is_causal = _pair(window.is_causal)
-        self.window = list(window.flat)
+        self.set_window(kernel_size, dilation)
         self.pad_small_inputs = pad_small_inputs
         self.backend = backend
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -94,6 +92,15 @@ class NeighborhoodAttention2D(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
+
+    def set_window(
+        self, kernel_size: int | tuple[int, int], dilation: int | tuple[int, int]
+    ) -> None:
+        """Change the window; a relative positional bias must be replaced with the kernel size."""
+        window = make_neighborhood(2, kernel_size, self.stride, dilation, self.is_causal)
+        self.kernel_size = _pair(window.kernel_size)
+        self.dilation = _pair(window.dilation)
+        self.window = list(window.flat)
 
     def reset_parameters(self) -> None:
         """Truncated normal weights and relative positional bias (std 0.02), zero biases."""

@@ -5,8 +5,9 @@
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
+from nat_models.models.base import create
 from nat_models.models.nat import NAT
 
 __all__: list[str] = []
@@ -36,14 +37,8 @@ def nat_demo(pretrained: bool = False, **kwargs: Any) -> NAT:
         "depths": (1, 2, 1),
         "num_heads": (2, 4, 8),
         "kernel_size": (7, 5, 3),
-        "stem_strides": (2, 1),
+        "patch_size": 2,
         "mlp_ratio": 1.0,
         "drop_path_rate": 0.0,
     }
-    return build_model_with_cfg(
-        NAT,
-        "nat_demo",
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True},
-        **{**args, **kwargs},
-    )
+    return create(NAT, "nat_demo", pretrained, feature_levels=(0, 1, 2), **{**args, **kwargs})

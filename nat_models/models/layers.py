@@ -4,13 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
-from timm.models import checkpoint_seq, register_notrace_module
+from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from neighborhood_attention import NeighborhoodAttention2D
-
-# Whether a map is padded depends on its size: symbolic tracing must not look inside.
-register_notrace_module(NeighborhoodAttention2D)
 
 
 class TransformerBlock(nn.Module):
@@ -61,9 +59,17 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
         self.ls2 = scale()
         self.drop_path2 = stochastic_depth()
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint(self._transform, x)
+        else:
+            x = self._transform(x)
+        return x
+
+    def _transform(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
@@ -72,8 +78,8 @@ class TransformerBlock(nn.Module):
 def neighborhood_attention_block(
     dim: int,
     num_heads: int,
-    kernel_size: int,
-    dilation: int = 1,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
     mlp_ratio: float = 4.0,
     qkv_bias: bool = True,
     layer_scale: float | None = None,
@@ -124,15 +130,10 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        x = self.blocks(self.downsample(x))
         return x
 
 
@@ -142,9 +143,13 @@ class ConvTokenizer(nn.Module):
     Args:
         in_chans: Channels of the image.
         embed_dim: Channels C of the map, half of them after the first convolution.
-        strides: Stride of each convolution; each divides the sides, rounding up.
+        patch_size: Pixels that a token stands for, per side: 4, 2 or 1. Sides are divided by it,
+            rounding up.
         device: Where to create the parameters.
         dtype: Type of the parameters.
+
+    Raises:
+        ValueError: There is no such `patch_size`.
 
     Shape: image [B, in_chans, H, W] -> map [B, H', W', C].
     """
@@ -153,12 +158,14 @@ class ConvTokenizer(nn.Module):
         self,
         in_chans: int,
         embed_dim: int,
-        strides: Sequence[int] = (2, 2),
+        patch_size: int = 4,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        half, (first, second) = embed_dim // 2, strides
+        if patch_size not in (1, 2, 4):
+            raise ValueError(f"patch_size must be 4, 2 or 1, got {patch_size=}")
+        half, first, second = embed_dim // 2, min(2, patch_size), max(1, patch_size // 2)
         self.proj = nn.Sequential(
             nn.Conv2d(in_chans, half, 3, first, padding=1, device=device, dtype=dtype),
             nn.Conv2d(half, embed_dim, 3, second, padding=1, device=device, dtype=dtype),
@@ -199,3 +206,88 @@ class ConvDownsampler(nn.Module):
         # Permuting is free: the convolution runs in channels-last memory format.
         x = self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
+
+
+class PatchTokenizer(nn.Module):
+    """Stem of vision transformers: one convolution over patches that tile the image, a LayerNorm.
+
+    Args:
+        in_chans: Channels of the image.
+        embed_dim: Channels C of the map.
+        patch_size: Side of a patch. The image is zero-padded, right and bottom, to whole patches.
+        img_size: Size (H, W) that images must have; any size if None.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+
+    Shape: image [B, in_chans, H, W] -> map [B, ceil(H / patch_size), ceil(W / patch_size), C].
+    """
+
+    img_size: tuple[int, int] | None
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        patch_size: int = 4,
+        img_size: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.img_size = img_size
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, patch_size, patch_size, device=device, dtype=dtype
+        )
+        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images into maps."""
+        height, width = x.shape[2:]
+        expected = self.img_size
+        if expected is not None and expected != (height, width):
+            raise ValueError(
+                f"images must have the size {expected}, got {(height, width)}; see set_input_size"
+            )
+        if height % self.patch_size or width % self.patch_size:
+            x = F.pad(x, [0, -width % self.patch_size, 0, -height % self.patch_size])
+        x = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return x
+
+
+class PatchMerging(nn.Module):
+    """Downsampler of Swin (arXiv:2103.14030): 2x2 tokens side by side, a LayerNorm, a linear layer.
+
+    Args:
+        dim: Channels C of the incoming map; the outgoing one has twice as many.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+
+    Shape: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2C].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve a map, double its channels."""
+        height, width = x.shape[1:3]
+        if height % 2 or width % 2:
+            x = F.pad(x, [0, 0, 0, width % 2, 0, height % 2])
+        # The four tokens' order: top left, bottom left, top right, bottom right.
+        x = x.unflatten(2, [-1, 2]).unflatten(1, [-1, 2]).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        x = self.reduction(self.norm(x))
+        return x
+
+
+# What these do depends on the size of the image or map: symbolic tracing must not look inside.
+register_notrace_module(NeighborhoodAttention2D)
+register_notrace_module(PatchTokenizer)
+register_notrace_module(PatchMerging)

@@ -44,6 +44,16 @@ def test_it_projects_attends_and_projects_back():
     torch.testing.assert_close(module(x), expected)
 
 
+def test_the_window_can_be_changed():
+    module = NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+    other = NeighborhoodAttention2D(8, 2, 3, dilation=(2, 1), rel_pos_bias=True)
+    other.load_state_dict(module.state_dict())
+    module.set_window(3, (2, 1))
+    assert repr(module) == repr(other)
+    x = torch.randn(1, 7, 6, 8)
+    torch.testing.assert_close(module(x), other(x))
+
+
 def test_a_scale_of_zero_is_honoured():
     assert NeighborhoodAttention2D(8, 2, 3, qk_scale=0.0).scale == 0.0
 

@@ -8,6 +8,8 @@ from torch import nn
 from nat_models.models.layers import (
     ConvDownsampler,
     ConvTokenizer,
+    PatchMerging,
+    PatchTokenizer,
     Stage,
     TransformerBlock,
     neighborhood_attention_block,
@@ -57,10 +59,10 @@ def test_neighborhood_block_takes_small_maps():
 
 
 @pytest.mark.parametrize(
-    ("strides", "size"), [((2, 2), (8, 9)), ((2, 1), (16, 17)), ((1, 1), (31, 33))]
+    ("patch_size", "size"), [(4, (8, 9)), (2, (16, 17)), (1, (31, 33))], ids=["4", "2", "1"]
 )
-def test_tokenizer_rounds_up(strides, size):
-    tokenizer = ConvTokenizer(2, 12, strides)
+def test_tokenizer_rounds_up(patch_size, size):
+    tokenizer = ConvTokenizer(2, 12, patch_size)
     assert tokenizer(torch.randn(1, 2, 31, 33)).shape == (1, *size, 12)
 
 
@@ -91,3 +93,44 @@ def test_stage_downsamples_first():
     x = torch.randn(1, 4, 4, 8)
     expected = stage.blocks[0](stage.downsample(x)).tanh()
     torch.testing.assert_close(stage(x), expected)
+
+
+def test_patches_are_projected_then_normed():
+    tokenizer = PatchTokenizer(2, 6, 4)
+    images = torch.randn(1, 2, 8, 12)
+    corner = images[0, :, 4:8, 8:12].flatten()
+    expected = tokenizer.proj.weight.flatten(1) @ corner + tokenizer.proj.bias
+    torch.testing.assert_close(tokenizer(images)[0, 1, 2], tokenizer.norm(expected))
+
+
+def test_images_are_padded_to_whole_patches():
+    tokenizer = PatchTokenizer(2, 6, 4)
+    images = torch.randn(1, 2, 7, 9)
+    padded = torch.zeros(1, 2, 8, 12)
+    padded[..., :7, :9] = images
+    torch.testing.assert_close(tokenizer(images), tokenizer(padded))
+
+
+def test_images_can_be_held_to_one_size():
+    tokenizer = PatchTokenizer(2, 6, 4, img_size=(8, 12))
+    with pytest.raises(ValueError, match=r"\(8, 12\), got \(12, 8\)"):
+        tokenizer(torch.randn(1, 2, 12, 8))
+
+
+def test_merging_joins_columns_first_and_pads_odd_maps():
+    merging = PatchMerging(8)
+    x = torch.randn(1, 5, 7, 8)
+    assert merging(x).shape == (1, 3, 4, 16)
+    four = torch.cat([x[0, 2, 4], x[0, 3, 4], x[0, 2, 5], x[0, 3, 5]])
+    torch.testing.assert_close(merging(x)[0, 1, 2], merging.reduction(merging.norm(four)))
+    edge = torch.cat([x[0, 4, 6], torch.zeros(24)])
+    torch.testing.assert_close(merging(x)[0, 2, 3], merging.reduction(merging.norm(edge)))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (6, 8)], ids=["patches", "merging"])
+def test_no_padding_makes_no_copy(size):
+    module = PatchTokenizer(3, 6, 4) if size == (8, 12) else PatchMerging(3)
+    x = torch.randn(1, 3, *size) if size == (8, 12) else torch.randn(1, *size, 3)
+    with torch.profiler.profile() as profile:
+        module(x)
+    assert "aten::constant_pad_nd" not in {event.key for event in profile.key_averages()}
