@@ -1,11 +1,13 @@
 """Files of tensors, read without running any code from them and written whole or not at all."""
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save
 from timm.models import load_state_dict
 from torch import Tensor
 
@@ -49,22 +51,35 @@ def read_checkpoint(path: str | Path) -> StateDict:
     return state_dict
 
 
-def write_safetensors(state_dict: StateDict, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors and a header of strings; a failure leaves the file that was there before.
+def write_checkpoint(state_dict: StateDict, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors to a file; a failure leaves the file that was there before.
 
     Args:
         state_dict: Tensors by key; they may be views of each other.
-        path: The file; its folder is made.
-        metadata: Entries of the header.
+        path: The file, whose folder is made; of `torch.save` unless it ends in ".safetensors".
+        metadata: Entries of a safetensors file's header; other files have none.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    own = {key: value.contiguous().clone() for key, value in state_dict.items()}
     try:
-        own = {key: value.contiguous().clone() for key, value in state_dict.items()}
-        save_file(own, temporary, {"format": "pt", **metadata})  # transformers asks for the format
+        if path.suffix == ".safetensors":
+            # `save_file` would let its owner alone read it; transformers asks for the format.
+            temporary.write_bytes(save(own, {"format": "pt", **metadata}))
+        else:
+            torch.save(own, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -64,7 +64,11 @@ def to_ours(state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: It holds several models.
     """
-    state_dict = without_prefix(state_dict)
+    state_dict = {
+        key: value
+        for key, value in without_prefix(state_dict).items()
+        if not key.endswith(".relative_position_index")  # follows from the size
+    }
     layout = layout_of(state_dict)
     if layout == "hf":
         state_dict = _from_transformers(state_dict)

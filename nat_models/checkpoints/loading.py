@@ -1,6 +1,5 @@
 """Loading weights of any known layout into a model, and saying why they do not fit."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from torch import Size, Tensor, nn
 from nat_models.checkpoints.files import CheckpointError, StateDict, read_checkpoint
 from nat_models.checkpoints.layouts import to_ours
 
-# What a model may do without: a buffer that follows from its size, norms of levels, the classifier.
-_OPTIONAL = re.compile(r"\.relative_position_index$|^stage_norms\.|^head\.")
+# What a file may hold that the model was created without.
+_OPTIONAL = ("stage_norms.", "head.")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -68,7 +67,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     return {
         key: _resized(value, wanted[key].shape) if key.endswith(".rpb") and key in wanted else value
         for key, value in to_ours(state_dict).items()
-        if key in wanted or not _OPTIONAL.search(key)
+        if key in wanted or not key.startswith(_OPTIONAL)
     }
 
 

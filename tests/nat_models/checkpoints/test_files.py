@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nat_models.checkpoints import CheckpointError, read_checkpoint, write_safetensors
+from nat_models.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
 
 WEIGHTS = {"a.weight": torch.arange(2000.0), "a.bias": torch.zeros(2)}
 
@@ -85,16 +85,18 @@ def test_written_file_has_the_header_and_takes_views(tmp_path):
     path = tmp_path / "new" / "weights.safetensors"
     whole = torch.randn(4, 6)
     views = {"top": whole[:2], "left": whole[:, :3]}
-    write_safetensors(views, path, {"model": "nat_mini"})
+    write_checkpoint(views, path, {"model": "nat_mini"})
     torch.testing.assert_close(read_checkpoint(path), views, rtol=0, atol=0)
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "model": "nat_mini"}
+    write_checkpoint(views, tmp_path / "weights.pth", {})
+    torch.testing.assert_close(torch.load(tmp_path / "weights.pth"), views, rtol=0, atol=0)
 
 
 def test_failed_write_keeps_the_file_before(tmp_path):
     path = tmp_path / "weights.safetensors"
-    write_safetensors(WEIGHTS, path, {})
+    write_checkpoint(WEIGHTS, path, {})
     with pytest.raises(TypeError):
-        write_safetensors(WEIGHTS, path, {"model": 3})
+        write_checkpoint(WEIGHTS, path, {"model": 3})
     assert [*tmp_path.iterdir()] == [path]
     assert read_checkpoint(path).keys() == WEIGHTS.keys()

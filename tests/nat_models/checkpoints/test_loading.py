@@ -1,5 +1,7 @@
 """Loading published layouts into models; files that do not fit."""
 
+import re
+
 import pytest
 import safetensors.torch
 import timm
@@ -84,14 +86,11 @@ def test_safetensors_load(tiny_nat, model, original, images, to_transformers, tm
 
 
 def test_official_keys_and_shapes_are_the_models(official_shapes, official_name):
-    if not timm.is_model(official_name):
-        pytest.skip(f"{official_name} is not registered")
     official = {
         key: torch.empty(shape, device="meta")
         for key, shape in official_shapes(official_name).items()
     }
-    classes = len(official["head.bias"])
-    model = timm.create_model(official_name, num_classes=classes, device="meta")
+    model = timm.create_model(official_name, num_classes=1000, device="meta")
     ours = checkpoint_filter_fn(official, model)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in ours.items()} == shapes
@@ -127,6 +126,29 @@ def test_timm_loads_published_files_and_adapts_them(original, model, images, lay
     assert features(images)[0].shape == (2, 16, 16, 32)
 
 
+@pytest.mark.parametrize("layout", ["original", "transformers", "detector", "wrapped"])
+def test_checkpoint_path_takes_every_layout(model, original, images, layouts, layout, tmp_path):
+    torch.save(layouts[layout](original), tmp_path / "weights.pth")
+    path = str(tmp_path / "weights.pth")
+    again = timm.create_model("nat_small", num_classes=11, checkpoint_path=path, **SMALL).eval()
+    torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
+    body = timm.create_model("nat_small", num_classes=0, checkpoint_path=path, **SMALL).eval()
+    torch.testing.assert_close(
+        body(images), model.forward_head(model.forward_features(images), True)
+    )
+
+
+def test_checkpoint_path_refuses_what_does_not_fit(original, tmp_path):
+    torch.save(original, tmp_path / "weights.pth")
+    with pytest.raises(RuntimeError, match=r"size mismatch for head\.fc\.weight"):
+        timm.create_model("nat_small", checkpoint_path=str(tmp_path / "weights.pth"), **SMALL)
+    torch.save({**original, "extra": torch.zeros(1)}, tmp_path / "more.pth")
+    with pytest.raises(RuntimeError, match=r'Unexpected key.* "extra"'):
+        timm.create_model(
+            "nat_small", num_classes=11, checkpoint_path=str(tmp_path / "more.pth"), **SMALL
+        )
+
+
 def test_local_folder_takes_every_layout(model, original, images, layouts, tmp_path):
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     for layout in ("original", "transformers"):
@@ -144,6 +166,28 @@ def test_hook_converts_below_a_prefix_and_leaves_the_rest(tiny_nat, model, origi
     parent.load_state_dict(state_dict)
     torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
     assert parent["other"].bias.tolist() == [1, 1]
+
+
+def test_backbone_of_a_detector_brings_its_norms(tiny_nat, to_original, images, tmp_path):
+    model = tiny_nat("nat_small", stage_norms=True)
+    weights = to_original(model.state_dict())
+    detector = {
+        "backbone." + re.sub(r"stage_norms\.(\d)", r"norm\1", key): value
+        for key, value in weights.items()
+        if not key.startswith(("norm.", "head."))
+    }
+    assert "backbone.norm3.bias" in detector
+    torch.save({"state_dict": detector, "meta": {"epoch": 36}}, tmp_path / "detector.pth")
+    backbone = timm.create_model(
+        "nat_small",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "detector.pth")},
+        features_only=True,
+        stage_norms=True,
+        **SMALL,
+    ).eval()
+    expected = model.forward_intermediates(images, intermediates_only=True)
+    torch.testing.assert_close(backbone(images), expected, rtol=0, atol=0)
 
 
 def test_mismatch_names_keys_and_shapes_and_loads_nothing(tiny_nat, original, tmp_path):
