@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 TEST := -m pytest $(ARGS)
 
-.PHONY: help train bench test test-gpu lint fix type wheel
+.PHONY: help train bench verify-weights test test-gpu lint fix type wheel
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ train: $(INSTALLED)  ## train the default experiment: a small NAT on real digits
 
 bench: $(INSTALLED)  ## measure throughput: make bench ARGS="model.name=nat_tiny"
 	$(BIN)/nat-bench $(ARGS)
+
+verify-weights: $(INSTALLED)  ## download and check every published file: make verify-weights ARGS="'dinat_s_*'"
+	$(BIN)/python -m nat_models.verify_weights --record benchmarks/results/weights.json $(ARGS)
 
 test: $(INSTALLED)  ## run every test that needs no GPU
 	$(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal
