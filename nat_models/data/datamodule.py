@@ -15,6 +15,7 @@ from PIL.Image import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
+from timm.models import get_model_traits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
@@ -114,7 +115,11 @@ class ImageDataModule(LightningDataModule):
 
     def follow(self, model: nn.Module) -> None:
         """Take what is not given here from the model: image size, crop, normalisation, classes."""
-        self.config = resolve_data_config(dict(self.hparams), model=model)
+        given = dict(self.hparams)
+        traits = get_model_traits(model)
+        if given["input_size"] is None and traits.get("img_size"):  # not its published one
+            given["input_size"] = [traits["in_chans"], *traits["img_size"]]
+        self.config = resolve_data_config(given, model=model)
         if self.config["interpolation"] not in (*INTERPOLATIONS, "random"):
             expected = f"expected one of {sorted(INTERPOLATIONS)}"
             raise ValueError(f"data.interpolation={self.config['interpolation']}: {expected}")

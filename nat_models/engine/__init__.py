@@ -1,6 +1,7 @@
 """Training and evaluation."""
 
+from nat_models.engine.distillation import Distiller
 from nat_models.engine.module import Classifier
 from nat_models.engine.run import evaluate, train
 
-__all__ = ["Classifier", "evaluate", "train"]
+__all__ = ["Classifier", "Distiller", "evaluate", "train"]

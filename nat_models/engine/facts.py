@@ -11,7 +11,8 @@ from lightning import Trainer
 
 import nat_models
 from nat_models.data import ImageDataModule
-from nat_models.engine.module import Classifier, neighborhood_attentions
+from nat_models.engine.building import neighborhood_attentions
+from nat_models.engine.module import Classifier
 from nat_models.provenance import commit
 from neighborhood_attention import resolve_backend
 

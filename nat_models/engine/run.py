@@ -17,11 +17,12 @@ from nat_models.checkpoints import load_weights
 from nat_models.data import ImageDataModule
 from nat_models.engine import facts
 from nat_models.engine.averaging import EMA
+from nat_models.engine.building import neighborhood_attentions
 from nat_models.engine.callbacks import History, ProgressBar, accuracy
 from nat_models.engine.checkpoint_io import AtomicCheckpointIO
 from nat_models.engine.console import log_to_file
 from nat_models.engine.folder import claim, resume_path, share_output_dir
-from nat_models.engine.module import Classifier, neighborhood_attentions
+from nat_models.engine.module import Classifier
 from nat_models.engine.sharding import FSDP2
 from nat_models.engine.trained import TrainedRun
 from nat_models.errors import bad_input

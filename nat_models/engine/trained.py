@@ -66,7 +66,8 @@ class TrainedRun:
         """
         self.check_same_model(given)
         backend = given.get("attention_backend")
-        model = {**self.hparams["model"], "pretrained": False, "attention_backend": backend}
+        model = {**self.hparams["model"], "pretrained": False, "weights_of": None}
+        model["attention_backend"] = backend
         module = Classifier(model=model, label_smoothing=self.hparams["label_smoothing"])
         load_weights(module, self.state_dict, self.path)
         return module

@@ -6,12 +6,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from nat_models.engine.module import (
-    Classifier,
-    build_model,
-    checkpoint_activations,
-    neighborhood_attentions,
-)
+from nat_models.engine.module import Classifier
 
 
 def classifier(**arguments) -> Classifier:
@@ -91,43 +86,6 @@ def test_biases_and_norms_are_not_decayed():
     assert decay[module.model.head.bias] == decay[module.model.norm.weight] == 0.0
 
 
-@pytest.mark.parametrize("layer_decay", [None, 0.75], ids=str)
-@pytest.mark.parametrize("decay_rpb", [True, False], ids=["decayed", "exempt"])
-def test_decay_of_the_positional_biases_is_a_switch(decay_rpb, layer_decay):
-    options = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.1, "layer_decay": layer_decay}
-    module = Classifier(model={"name": "nat_demo"}, optimizer={**options, "decay_rpb": decay_rpb})
-    optimizer, _ = module.schedule(epochs=10, updates_per_epoch=1)
-    decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    for name, parameter in module.model.named_parameters():
-        decayed = parameter.ndim > 1 and (decay_rpb or not name.endswith(".rpb"))
-        assert decay[parameter] == (0.1 if decayed else 0.0), name
-    rates = {g.get("lr_scale", 1.0) for g in optimizer.param_groups}
-    assert (len(rates) > 1) == (layer_decay is not None)
-
-
-def test_checkpointed_activations_change_no_gradient_and_save_memory():
-    gradients, kept = [], []
-    for switch in (False, True):
-        torch.manual_seed(0)
-        module = Classifier(model={"name": "nat_demo"}, grad_checkpointing=switch)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
-        ):
-            loss = module(torch.ones(2, 1, 28, 28)).square().sum()
-        loss.backward()
-        gradients.append([p.grad for p in module.parameters()])
-        kept.append(sum(sizes))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert kept[1] < 0.5 * kept[0]
-
-
-def test_a_model_without_checkpointing_is_named():
-    with pytest.raises(ValueError, match=r"task\.grad_checkpointing=true: .* does not support it"):
-        checkpoint_activations(torch.nn.Linear(1, 1))
-
-
 @pytest.mark.slow
 def test_compiled_training_is_the_same_training():
     weights = []
@@ -144,30 +102,16 @@ def test_compiled_training_is_the_same_training():
         torch.testing.assert_close(weights[1][name], value)
 
 
-def test_backend_is_set_on_every_neighborhood_attention():
-    model = build_model("nat_demo", attention_backend="reference")
-    assert [a.backend for a in neighborhood_attentions(model).values()] == ["reference"] * 4
-    assert {a.backend for a in neighborhood_attentions(build_model("nat_demo")).values()} == {None}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"name": None}, r"model\.name is not set"),
-        (
-            {"name": "nat_tinny"},
-            r"model\.name=nat_tinny: timm has no such model; did you mean nat_tiny",
-        ),
-        (
-            {"name": "nat_demo", "attention_backend": "best"},
-            r"model\.attention_backend=best: expected one of",
-        ),
-        (
-            {"name": "test_vit", "attention_backend": "fused"},
-            r"test_vit has no neighborhood attention",
-        ),
-    ],
-)
-def test_bad_model_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build_model(**arguments)
+def test_a_linear_probe_trains_the_classifier_alone_on_evaluations_features():
+    module = Classifier(
+        model={"name": "nat_demo", "drop_path_rate": 0.9},
+        optimizer={"opt": "sgd", "lr": 0.1},
+        linear_probe=True,
+    )
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    images = DataLoader(TensorDataset(torch.randn(8, 1, 28, 28), torch.arange(8)), 4)
+    module.train()
+    assert torch.equal(module(images.dataset[0][0][None]), module(images.dataset[0][0][None]))
+    trainer(max_epochs=1).fit(module, images)
+    changed = {n for n, v in module.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {"model.head.fc.weight", "model.head.fc.bias"}

@@ -1,0 +1,58 @@
+"""The optimizer: timm's, with the switches that the published recipes need."""
+
+from functools import partial
+from typing import Any
+
+from lightning import Trainer
+from timm.optim import (
+    create_optimizer_v2,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
+from torch import nn
+from torch.optim import Optimizer
+
+FUSED = ("adam", "adamw", "sgd")  # timm's names of PyTorch's optimizers with fused kernels
+
+
+def create_optimizer(
+    model: nn.Module, trainer: Trainer | None, decay_rpb: bool = False, **options: Any
+) -> Optimizer:
+    """Create an optimizer that leaves biases and norms undecayed; fused on a GPU, if it can be.
+
+    Args:
+        model: Model to be optimized.
+        trainer: Tells the device and the precision; None: the CPU.
+        decay_rpb: Whether to decay relative positional biases.
+        **options: Arguments of `timm.optim.create_optimizer_v2`.
+    """
+    if decay_rpb:
+        options["param_group_fn"] = partial(
+            param_groups, options.get("weight_decay", 0.0), options.pop("layer_decay", None)
+        )
+    if options.get("opt") in FUSED and trainer is not None:
+        # With fp16 a fused optimizer would see gradients that are scaled, and not clipped.
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        options["fused"] = on_gpu and trainer.precision != "16-mixed"
+    return create_optimizer_v2(model, **options)
+
+
+def param_groups(
+    weight_decay: float, layer_decay: float | None, model: nn.Module
+) -> list[dict[str, Any]]:
+    """Parameter groups in which only biases and norms are left undecayed.
+
+    timm leaves out what the model's `no_weight_decay` names too, here the tables of relative
+    positional biases. The published models were trained with these decayed.
+
+    Args:
+        weight_decay: Of all other parameters.
+        layer_decay: Factor of the learning rate from a layer to the one before; None: 1.
+        model: Model to be optimized.
+    """
+    groups: list[dict[str, Any]]
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay)
+    else:
+        groups = param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+    return groups

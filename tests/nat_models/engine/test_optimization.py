@@ -1,0 +1,38 @@
+import pytest
+from lightning import Trainer
+
+from nat_models.engine.module import Classifier
+from nat_models.engine.optimization import create_optimizer
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.75], ids=str)
+@pytest.mark.parametrize("decay_rpb", [True, False], ids=["decayed", "exempt"])
+def test_decay_of_the_positional_biases_is_a_switch(decay_rpb, layer_decay):
+    options = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.1, "layer_decay": layer_decay}
+    module = Classifier(model={"name": "nat_demo"}, optimizer={**options, "decay_rpb": decay_rpb})
+    optimizer, _ = module.schedule(epochs=10, updates_per_epoch=1)
+    decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in module.model.named_parameters():
+        decayed = parameter.ndim > 1 and (decay_rpb or not name.endswith(".rpb"))
+        assert decay[parameter] == (0.1 if decayed else 0.0), name
+    rates = {g.get("lr_scale", 1.0) for g in optimizer.param_groups}
+    assert (len(rates) > 1) == (layer_decay is not None)
+
+
+def test_only_a_gpu_gets_a_fused_optimizer():
+    model = Classifier(model={"name": "nat_demo"}).model
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    options = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.1}
+    assert not create_optimizer(model, trainer, **options).defaults["fused"]
+    assert not create_optimizer(model, None, **options).defaults["fused"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "fused"), [("bf16-mixed", True), ("16-mixed", False)])
+def test_fused_on_a_gpu_but_for_fp16(precision, fused):
+    model = Classifier(model={"name": "nat_demo"}).model.cuda()
+    trainer = Trainer(
+        accelerator="gpu", devices=1, precision=precision, logger=False, enable_checkpointing=False
+    )
+    optimizer = create_optimizer(model, trainer, opt="adamw", lr=1e-3)
+    assert optimizer.defaults["fused"] == fused
