@@ -54,7 +54,7 @@ def verify(served, tmp_path, monkeypatch, capsys):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served)))
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments):
