@@ -1,15 +1,14 @@
 """The public functions: they check arguments, follow autocast and call the registered operators.
 
-Shapes: B batch, H height, W width, heads, D head dimension.
+Shapes: B batch, H height, W width, heads, D head dimension of query and key, D_v of the value.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from neighborhood_attention import checks
+from neighborhood_attention import checks, ops
 from neighborhood_attention.backends import check_name
 
 # Kernel size, stride, dilation, causal: for all axes or for each.
@@ -33,11 +32,11 @@ def na1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """1-D neighborhood attention over [B, L, heads, D]; `rpb` is [heads, 2 * kernel_size - 1].
 
-    Otherwise as `na2d`. `backend="fused"` does not run it yet.
+    Otherwise as `na2d`.
     """
     axes = kernel_size, stride, dilation, is_causal
-    additional = additional_keys, additional_values
-    return _attention(1, query, key, value, axes, scale, rpb, additional, return_lse, backend)
+    tensors = query, key, value, rpb, additional_keys, additional_values
+    return _attention(1, tensors, axes, scale, return_lse, backend)
 
 
 def na2d(
@@ -63,8 +62,10 @@ def na2d(
     Args:
         query: [B, H, W, heads, D]; fp16, bf16, fp32 or fp64; any strides. Autocast casts it to its
             dtype, unless it is fp64.
-        key: As `query`.
-        value: As `query`.
+        key: [B, H, W, key_heads, D]; key_heads divides heads, and query head h uses key head
+            h // (heads // key_heads): grouped-query attention (arXiv 2305.13245), or with one key
+            head multi-query attention (arXiv 1911.02150).
+        value: [B, H, W, key_heads, D_v].
         kernel_size: Window size, for both axes or for each; odd or even; kernel_size * dilation <=
             axis length.
         stride: Queries that share one window, 1 <= stride <= kernel_size; the output keeps the
@@ -75,26 +76,27 @@ def na2d(
         scale: Factor of the dot products; default 1 / sqrt(D).
         rpb: Relative positional bias [heads, 2 * kernel_size - 1, 2 * kernel_size - 1]; the
             entry at [key - query + kernel_size - 1], counted in dilation steps, is added to the
-            scaled logit. Any floating dtype; its gradient has that dtype.
-        additional_keys: Not supported yet.
-        additional_values: Not supported yet.
+            scaled logit. Any of the four dtypes; its gradient has that dtype.
+        additional_keys: [B, S, key_heads, D], any S; every query attends to them too, in the same
+            softmax with the same scale, without a mask or a bias.
+        additional_values: [B, S, key_heads, D_v]; given with additional_keys.
         return_lse: Also return the log-sum-exp of the logits.
         backend: "reference" or "fused"; default: "fused" on a GPU where it can run, else
             "reference". A backend that is named and cannot run raises, it never falls back.
 
     Returns:
-        [B, H, W, heads, D] in the dtype of `query`; with `return_lse` also [B, H, W, heads] in fp32
-        (fp64 for fp64), natural logarithm.
+        [B, H, W, heads, D_v] in the dtype of `query`; with `return_lse` also [B, H, W, heads] in
+        fp32 (fp64 for fp64), natural logarithm.
 
     Raises:
         ValueError: A shape, size or name breaks one of the rules above.
         TypeError: An argument has the wrong type or dtype.
-        NotImplementedError: The backend named does not support this combination; no backend
-            supports additional keys and values. The backward raises it for create_graph=True.
+        NotImplementedError: The backend named does not support this combination. The backward
+            raises it for create_graph=True, and the function under `torch.func` transforms.
     """
     axes = kernel_size, stride, dilation, is_causal
-    additional = additional_keys, additional_values
-    return _attention(2, query, key, value, axes, scale, rpb, additional, return_lse, backend)
+    tensors = query, key, value, rpb, additional_keys, additional_values
+    return _attention(2, tensors, axes, scale, return_lse, backend)
 
 
 def na3d(
@@ -114,11 +116,11 @@ def na3d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """3-D neighborhood attention over [B, D, H, W, heads, head_dim]; `rpb` has an axis for each.
 
-    Otherwise as `na2d`. `backend="fused"` does not run it yet.
+    Otherwise as `na2d`.
     """
     axes = kernel_size, stride, dilation, is_causal
-    additional = additional_keys, additional_values
-    return _attention(3, query, key, value, axes, scale, rpb, additional, return_lse, backend)
+    tensors = query, key, value, rpb, additional_keys, additional_values
+    return _attention(3, tensors, axes, scale, return_lse, backend)
 
 
 def na1d_qkvpacked(
@@ -176,29 +178,23 @@ def na3d_qkvpacked(
 
 def _attention(
     dims: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     axes: _Axes,
     scale: float | None,
-    rpb: Tensor | None,
-    additional: tuple[Tensor | None, Tensor | None],
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if any(tensor is not None for tensor in additional):
-        raise NotImplementedError("additional_keys and additional_values are not supported yet")
-    query, key, value = (
-        _to_autocast_dtype(name, tensor)
-        for name, tensor in (("query", query), ("key", key), ("value", value))
-    )
+    query, key, value, rpb, additional_keys, additional_values = tensors
+    query, key, value = checks.autocast(query, key, value)
     checks.check_heads_last("query", query, dims)
-    checks.check_heads_last("key", key, dims)
-    checks.check_heads_last("value", value, dims)
-    checks.check_alike(query, {"key": key, "value": value})
-    arguments = _operator_arguments(query, axes, scale, rpb, backend)
-    output, lse = torch.ops.neighborhood_attention.attention(
-        query, key, value, rpb, None, None, *arguments
+    checks.check_key(query, key)
+    checks.check_value(query, key, value)
+    if additional_keys is not None or additional_values is not None:
+        additional_keys, additional_values = checks.autocast(additional_keys, additional_values)
+        checks.check_additional(query, key, value, additional_keys, additional_values)
+    settings = _checked_settings(query, query.shape[1:-2], axes, scale, rpb, backend)
+    output, lse = ops.attention(
+        query, key, value, rpb, additional_keys, additional_values, *settings
     )
     return (output, lse) if return_lse else output
 
@@ -212,34 +208,29 @@ def _attention_qkvpacked(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    qkv = _to_autocast_dtype("qkv", qkv)
+    (qkv,) = checks.autocast(qkv)
+    checks.check_tensor("qkv", qkv)
     if qkv.dim() != dims + 4 or qkv.shape[-3] != 3:
         layout = f"[B, {checks.SPATIAL[dims]}, 3, heads, D]"
         raise ValueError(f"qkv: expected {layout}, got shape {tuple(qkv.shape)}")
-    query = qkv.select(-3, 0)
-    checks.check_heads_last("qkv", query, dims)
-    arguments = _operator_arguments(query, axes, scale, rpb, backend)
-    output, lse = torch.ops.neighborhood_attention.attention_qkvpacked(qkv, rpb, *arguments)
+    checks.check_heads("qkv", qkv)
+    settings = _checked_settings(qkv, qkv.shape[1:-3], axes, scale, rpb, backend)
+    output, lse = ops.attention_qkvpacked(qkv, rpb, *settings)
     return (output, lse) if return_lse else output
 
 
-def _to_autocast_dtype(name: str, tensor: Tensor) -> Tensor:
-    checks.check_tensor(name, tensor)
-    device = tensor.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
-def _operator_arguments(
-    query: Tensor, axes: _Axes, scale: float | None, rpb: Tensor | None, backend: str | None
+def _checked_settings(
+    query: Tensor,
+    spatial: Sequence[int],
+    axes: _Axes,
+    scale: float | None,
+    rpb: Tensor | None,
+    backend: str | None,
 ) -> tuple[Any, ...]:
-    """The operators' arguments behind the tensors, checked, in the order of their schema."""
-    window = checks.make_neighborhood(query.dim() - 3, *axes)
-    checks.check_fits(window, query.shape[1:-2])
-    checks.check_bias(rpb, query, window)
+    """The operators' arguments behind the tensors, in the order of their schema."""
+    window = checks.make_neighborhood(len(spatial), *axes)
+    checks.check_fits(window, spatial)
+    if rpb is not None:
+        checks.check_bias(rpb, query, window)
     check_name(backend)
-    scale = checks.checked_scale("scale", scale, query.shape[-1])
-    return window.flat, scale, backend
+    return window.flat, checks.checked_scale("scale", scale, query.shape[-1]), backend

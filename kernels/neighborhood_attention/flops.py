@@ -57,3 +57,31 @@ def _packed(qkv: Any, rpb: Any, window: Any, *_: Any, **__: Any) -> int:
 @register_flop_formula(_operators.attention_qkvpacked_backward)
 def _packed_backward(qkv: Any, rpb: Any, window: Any, *_: Any, **__: Any) -> int:
     return _packed_flops(qkv, window, backward=True)
+
+
+def _half_flops(query: _Shape, window: _Shape, channels: int) -> int:
+    return 2 * prod(query[:-1]) * prod(window[: len(query) - 3]) * channels
+
+
+@register_flop_formula(_operators.scores)
+def _scores(query: Any, key: Any, rpb: Any, window: Any, *_: Any, **__: Any) -> int:
+    return _half_flops(query, window, query[-1])
+
+
+@register_flop_formula(_operators.scores_backward)
+def _scores_backward(
+    grad_scores: Any, query: Any, key: Any, rpb: Any, window: Any, *_: Any, **__: Any
+) -> int:
+    return _half_flops(query, window, 2 * query[-1])
+
+
+@register_flop_formula(_operators.apply)
+def _apply(probabilities: Any, value: Any, window: Any, *_: Any, **__: Any) -> int:
+    return _half_flops(probabilities, window, value[-1])
+
+
+@register_flop_formula(_operators.apply_backward)
+def _apply_backward(
+    grad_output: Any, probabilities: Any, value: Any, window: Any, *_: Any, **__: Any
+) -> int:
+    return _half_flops(probabilities, window, 2 * value[-1])

@@ -15,8 +15,9 @@ Attention Transformer" (arXiv 2209.15001), "Generalized Neighborhood Attention" 
 stride and causal axes).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,30 @@ class Neighborhood:
     dilation: tuple[int, ...]
     is_causal: tuple[bool, ...]
 
+    # Derived once, since every call needs them.
+    # Tokens that an axis must have: `kernel_size * dilation`.
+    extent: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # Of one head's relative positional bias: `2 * kernel_size - 1` offsets an axis.
+    bias_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # All settings in one list, in their order: how the operators take them.
+    flat: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = zip(self.kernel_size, self.dilation, strict=True)
+        flat = (*self.kernel_size, *self.stride, *self.dilation, *map(int, self.is_causal))
+        object.__setattr__(self, "extent", tuple(size * step for size, step in sizes))
+        object.__setattr__(self, "bias_shape", tuple(2 * size - 1 for size in self.kernel_size))
+        object.__setattr__(self, "flat", flat)
+
     @property
     def dims(self) -> int:
         """Number of spatial axes."""
         return len(self.kernel_size)
 
     @property
-    def bias_shape(self) -> tuple[int, ...]:
-        """Shape of one head's relative positional bias: `2 * kernel_size - 1` offsets an axis."""
-        return tuple(2 * size - 1 for size in self.kernel_size)
-
-    @property
-    def flat(self) -> tuple[int, ...]:
-        """All settings as one list of ints, in their order: how the operators take them."""
-        return (*self.kernel_size, *self.stride, *self.dilation, *map(int, self.is_causal))
+    def size(self) -> int:
+        """Keys of a window, one that is not truncated."""
+        return prod(self.kernel_size)
 
     @staticmethod
     @lru_cache(maxsize=1024)

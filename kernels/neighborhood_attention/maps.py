@@ -1,6 +1,7 @@
 """Attention probabilities as maps, for pictures and inspection."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,45 +31,48 @@ def attention_maps(
     """Attention of chosen queries, scattered to the full map.
 
     Args:
-        query: [B, H, W, heads, D].
-        key: As `query`.
+        query: [B, L, heads, D], [B, H, W, heads, D] or [B, D, H, W, heads, head_dim].
+        key: As `query`; its heads may be fewer, see `na2d`.
         kernel_size: As in `na2d`; so are stride, dilation, is_causal, scale and rpb.
         stride: See above.
         dilation: See above.
         is_causal: See above.
         scale: See above.
         rpb: See above.
-        positions: P positions (h, w) of queries.
+        positions: P positions of queries: (i,), (h, w) or (d, h, w).
 
     Returns:
-        Probabilities [B, heads, P, H, W] in fp32 (fp64 for fp64): zero outside each window.
+        Probabilities [B, heads, P, *spatial] in fp32 (fp64 for fp64): zero outside each window.
 
     Raises:
         ValueError: As `na2d`; a position lies outside the map.
         TypeError: As `na2d`.
     """
-    checks.check_heads_last("query", query, 2)
-    checks.check_heads_last("key", key, 2)
-    checks.check_alike(query, {"key": key})
+    dims = checks.check_dims("query", query)
+    checks.check_heads_last("query", query, dims)
+    checks.check_key(query, key)
     batch, *spatial, heads, head_dim = query.shape
-    window = checks.make_neighborhood(2, kernel_size, stride, dilation, is_causal)
+    window = checks.make_neighborhood(dims, kernel_size, stride, dilation, is_causal)
     checks.check_fits(window, spatial)
-    checks.check_bias(rpb, query, window)
+    if rpb is not None:
+        checks.check_bias(rpb, query, window)
     scale = checks.checked_scale("scale", scale, head_dim)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     maps = torch.zeros(batch, heads, len(positions), *spatial, dtype=dtype, device=query.device)
+    everything: Any = slice(None)
     for p, position in enumerate(positions):
         checks.check_position(f"positions[{p}]", position, spatial)
-        h, w = position
-        (rows, bias_rows), (columns, bias_columns) = (
-            _axis_window(window, axis, i, spatial[axis]) for axis, i in enumerate(position)
-        )
+        axes = [_axis_window(window, a, i, spatial[a]) for a, i in enumerate(position)]
+        keys, bias = [k for k, _ in axes], [b for _, b in axes]
+        rows = (query[(everything, *position)].to(dtype) * scale).unflatten(1, (key.shape[-2], -1))
         logits = torch.einsum(
-            "bnd,bhwnd->bnhw", query[:, h, w].to(dtype) * scale, key[:, rows, columns].to(dtype)
+            "bgnd,bkgd->bgnk", rows, key[(everything, *keys)].flatten(1, -3).to(dtype)
         )
+        logits = logits.flatten(1, 2)
         if rpb is not None:
-            logits = logits + rpb[:, bias_rows, bias_columns].to(dtype)
-        maps[:, :, p, rows, columns] = logits.flatten(2).softmax(-1).view_as(logits)
+            logits = logits + rpb[(everything, *bias)].flatten(1).to(dtype)
+        target = maps[(everything, everything, p, *keys)]
+        target.copy_(logits.softmax(-1).view(target.shape))
     return maps
 
 

@@ -1,62 +1,56 @@
-"""Neighborhood attention as a module: projections around the operator."""
+"""Neighborhood attention as modules: projections around the operator."""
 
-from typing import TypeVar
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neighborhood_attention import ops, portable
 from neighborhood_attention.backends import check_name
-from neighborhood_attention.checks import checked_scale, make_neighborhood
+from neighborhood_attention.checks import SPATIAL, checked_scale, make_neighborhood
 
-T = TypeVar("T")
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+_log = logging.getLogger("neighborhood_attention")
 
 
-class NeighborhoodAttention2D(nn.Module):
-    """Multi-head 2-D neighborhood attention over a channels-last map [B, H, W, embed_dim].
+def _with_old_keyword(init: _Init) -> _Init:
+    """Accept `dim`, the old name of `embed_dim`."""
 
-    Parameters are named as in the published NAT and DiNAT checkpoints: `qkv`, `proj`, `rpb`.
+    @wraps(init)
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "dim" in kwargs:
+            if args or "embed_dim" in kwargs:
+                raise TypeError(f"dim={kwargs['dim']}: expected embed_dim or dim, not both")
+            kwargs["embed_dim"] = kwargs.pop("dim")
+        init(self, *args, **kwargs)
 
-    Args:
-        embed_dim: Channels; num_heads must divide it.
-        num_heads: Attention heads.
-        kernel_size: Window size, for both axes or for each.
-        stride: Queries that share one window.
-        dilation: Distance between neighboring keys.
-        is_causal: Attend to no key behind the query, for both axes or for each.
-        qkv_bias: Whether the query, key and value projection has a bias.
-        qk_scale: Factor of the dot products; default 1 / sqrt(embed_dim / num_heads).
-        rel_pos_bias: Whether to learn a relative positional bias.
-        attn_drop: Not supported yet: must be 0.
-        proj_drop: Dropout probability of the output.
-        pad_small_inputs: Accept maps smaller than kernel_size * dilation. They are padded with
-            zeros, right and bottom, before the projection, and cropped after attention; the padding
-            is attended to. The published models' rule.
-        backend: "reference" or "fused"; default: chosen at each call, see `na2d`.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+    return renamed  # type: ignore[return-value]
 
-    Raises:
-        ValueError: A size or name breaks one of the rules above.
-        TypeError: An argument has the wrong type.
-        NotImplementedError: attn_drop is not 0.
-    """
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    is_causal: tuple[bool, bool]
-    window: list[int]
-    backend: str | None
+@cache
+def _log_unfused() -> None:
+    _log.warning("attn_drop > 0: training computes attention unfused, with all probabilities")
 
+
+class _NeighborhoodAttention(nn.Module):
+    """Multi-head neighborhood attention for any number of axes; its subclasses fix that."""
+
+    dims: ClassVar[int]
+
+    @_with_old_keyword
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        dilation: int | tuple[int, int] = 1,
-        is_causal: bool | tuple[bool, bool] = False,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        dilation: int | tuple[int, ...] = 1,
+        is_causal: bool | tuple[bool, ...] = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         rel_pos_bias: bool = False,
@@ -71,17 +65,19 @@ class NeighborhoodAttention2D(nn.Module):
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"{num_heads=}: expected a divisor of {embed_dim=}")
-        if attn_drop:
-            raise NotImplementedError(f"{attn_drop=}: attention dropout is not supported yet")
+        for name, probability in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name}={probability}: expected a probability")
         check_name(backend)
-        window = make_neighborhood(2, kernel_size, stride, dilation, is_causal)
+        window = make_neighborhood(self.dims, kernel_size, stride, dilation, is_causal)
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.scale = float(checked_scale("qk_scale", qk_scale, self.head_dim))
-        self.stride = _pair(window.stride)
-        self.is_causal = _pair(window.is_causal)
-        self.set_window(kernel_size, dilation)
+        self.stride = window.stride
+        self.is_causal = window.is_causal
+        self.set_window(window.kernel_size, window.dilation)
         self.pad_small_inputs = pad_small_inputs
+        self.layout = f"[B, {SPATIAL[self.dims]}, embed_dim]"
         self.backend = backend
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rpb = (
@@ -89,17 +85,21 @@ class NeighborhoodAttention2D(nn.Module):
             if rel_pos_bias
             else None
         )
+        if attn_drop > 0:
+            _log_unfused()
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
     def set_window(
-        self, kernel_size: int | tuple[int, int], dilation: int | tuple[int, int]
+        self, kernel_size: int | tuple[int, ...], dilation: int | tuple[int, ...]
     ) -> None:
         """Change the window; a relative positional bias must be replaced with the kernel size."""
-        window = make_neighborhood(2, kernel_size, self.stride, dilation, self.is_causal)
-        self.kernel_size = _pair(window.kernel_size)
-        self.dilation = _pair(window.dilation)
+        window = make_neighborhood(self.dims, kernel_size, self.stride, dilation, self.is_causal)
+        self.kernel_size = window.kernel_size
+        self.dilation = window.dilation
+        self.extent = list(window.extent)
         self.window = list(window.flat)
 
     def reset_parameters(self) -> None:
@@ -112,26 +112,46 @@ class NeighborhoodAttention2D(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, embed_dim] to the same shape."""
-        if x.dim() != 4:
-            raise ValueError(f"x: expected [B, H, W, embed_dim], got shape {x.shape}")
-        B, H, W, C = x.shape
-        pad_h = max(0, self.kernel_size[0] * self.dilation[0] - H)
-        pad_w = max(0, self.kernel_size[1] * self.dilation[1] - W)
-        if pad_h > 0 or pad_w > 0:
+        """[B, *spatial, embed_dim] to the same shape."""
+        dims = len(self.extent)
+        if x.dim() != dims + 2:
+            raise ValueError(f"x: expected {self.layout}, got shape {x.shape}")
+        sizes = x.shape[1:-1]
+        padding = [0, 0]
+        for axis in range(dims):
+            missing = max(0, self.extent[dims - 1 - axis] - sizes[dims - 1 - axis])
+            padding += [0, missing]
+        is_padded = sum(padding) > 0
+        if is_padded:
             if not self.pad_small_inputs:
                 raise ValueError(
                     f"x: expected at least kernel_size {self.kernel_size} * dilation "
                     f"{self.dilation} tokens, got shape {x.shape}; see pad_small_inputs"
                 )
-            x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h])
-        qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim])
-        # The operator itself, not `na2d_qkvpacked`: TorchScript can compile this call.
-        x, _ = torch.ops.neighborhood_attention.attention_qkvpacked(
-            qkv, self.rpb, self.window, self.scale, self.backend
-        )
-        x = x[:, :H, :W].reshape(B, H, W, C)
-        x = self.proj_drop(self.proj(x))
+            x = F.pad(x, padding)
+        x = self._attend(self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]))
+        if is_padded:
+            for axis in range(dims):
+                x = x.narrow(axis + 1, 0, sizes[axis])
+        x = self.proj_drop(self.proj(x.flatten(-2)))
+        return x
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        if self.training and self.attn_drop.p > 0:
+            query, key, value = qkv.unbind(-3)
+            scores = torch.ops.neighborhood_attention.scores(
+                query, key, self.rpb, self.window, self.scale
+            )
+            probabilities = self.attn_drop(scores.softmax(-1))
+            x: Tensor = torch.ops.neighborhood_attention.apply(probabilities, value, self.window)
+        elif torch.jit.is_scripting():  # it can call the operators alone
+            x, _ = torch.ops.neighborhood_attention.attention_qkvpacked(
+                qkv, self.rpb, self.window, self.scale, self.backend
+            )
+        elif torch.onnx.is_in_onnx_export():  # ONNX has no such operator
+            x = portable.attention_qkvpacked(qkv, self.rpb, self.window, self.scale)
+        else:
+            x, _ = ops.attention_qkvpacked(qkv, self.rpb, self.window, self.scale, self.backend)
         return x
 
     def extra_repr(self) -> str:
@@ -143,6 +163,55 @@ class NeighborhoodAttention2D(nn.Module):
         )
 
 
-def _pair(values: tuple[T, ...]) -> tuple[T, T]:
-    first, second = values
-    return first, second
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    """Multi-head 1-D neighborhood attention over [B, L, embed_dim].
+
+    Otherwise as `NeighborhoodAttention2D`.
+    """
+
+    dims = 1
+    backend: str | None
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    """Multi-head 2-D neighborhood attention over a channels-last map [B, H, W, embed_dim].
+
+    Parameters are named as in the published NAT and DiNAT checkpoints: `qkv`, `proj`, `rpb`.
+
+    Args:
+        embed_dim: Channels; num_heads must divide it. `dim` is accepted as its old name.
+        num_heads: Attention heads.
+        kernel_size: Window size, for all axes or for each.
+        stride: Queries that share one window.
+        dilation: Distance between neighboring keys.
+        is_causal: Attend to no key behind the query, for all axes or for each.
+        qkv_bias: Whether the query, key and value projection has a bias.
+        qk_scale: Factor of the dot products; default 1 / sqrt(embed_dim / num_heads).
+        rel_pos_bias: Whether to learn a relative positional bias.
+        attn_drop: Dropout probability of the attention probabilities. Where it is not 0, training
+            computes them all (see `neighborhood_scores`), on any backend; one warning says so.
+        proj_drop: Dropout probability of the output.
+        pad_small_inputs: Accept maps smaller than kernel_size * dilation. They are padded with
+            zeros, right and bottom, before the projection, and cropped after attention; the padding
+            is attended to. The published models' rule.
+        backend: "reference" or "fused"; default: chosen at each call, see `na2d`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: A size or name breaks one of the rules above.
+        TypeError: An argument has the wrong type.
+    """
+
+    dims = 2
+    backend: str | None
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    """Multi-head 3-D neighborhood attention over [B, D, H, W, embed_dim].
+
+    Otherwise as `NeighborhoodAttention2D`.
+    """
+
+    dims = 3
+    backend: str | None

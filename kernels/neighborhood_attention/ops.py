@@ -27,6 +27,26 @@ _SETTINGS = "int[] window, float scale, str? backend"  # window: Neighborhood.fl
 _RESULTS = "Tensor output, Tensor lse, Tensor grad_output, Tensor? grad_lse, bool[] needed"
 
 
+_library = torch.library.Library("neighborhood_attention", "DEF")
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A new operator without a gradient."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"neighborhood_attention::{name}", fake, lib=_library)
+    return getattr(torch.ops.neighborhood_attention, name).default
+
+
+def refuse_second_derivative() -> None:
+    """For the start of a backward: raise if a graph of it is being made."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "neighborhood attention has no second derivative: create_graph=True is not supported"
+        )
+
+
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _forward(Inputs(*arguments[:6]), *arguments[6:])
 
@@ -53,7 +73,7 @@ def _attention_buffers(*arguments: Any) -> list[Any]:
     inputs, needed = arguments[:6], arguments[-1]
     additional = needed[4] or needed[5]
     wanted = (True, True, True, needed[3], additional, additional)
-    return [_empty(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
+    return [empty(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
 
 
 def _packed(qkv: Tensor, rpb: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
@@ -76,7 +96,7 @@ def _packed_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _packed_buffers(qkv: Tensor, rpb: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
     _, rpb_needed = arguments[-1]
-    return _empty(qkv), _empty(rpb) if rpb_needed else None
+    return empty(qkv), empty(rpb) if rpb_needed else None
 
 
 def _unpack(qkv: Tensor, rpb: Tensor | None) -> Inputs:
@@ -102,7 +122,7 @@ def _backward(
     )
 
 
-def _empty(like: Tensor) -> Tensor:
+def empty(like: Tensor) -> Tensor:
     """Contiguous, whatever the strides of `like`."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
@@ -114,12 +134,17 @@ def _without_none(gradients: Sequence[Any]) -> tuple[Tensor, ...]:
 def _differentiable(count: int, forward: Any, backward: Any) -> Callable[..., Any]:
     """What runs `forward` where PyTorch records gradients; its first `count` arguments are tensors.
 
-    As `torch.library.register_autograd` makes it, in half the time a call.
+    As `torch.library.register_autograd` makes it, in a third of the time a call. Its first argument
+    are the dispatch keys, None where it is called from outside the dispatcher.
     """
 
     def below_autograd(keys: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, Tensor] = forward.redispatch(keys, *arguments)
+            results: tuple[Tensor, Tensor] = (
+                forward(*arguments)
+                if keys is None
+                else forward.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+            )
         return results
 
     class NeighborhoodAttention(torch.autograd.Function):
@@ -133,11 +158,7 @@ def _differentiable(count: int, forward: Any, backward: Any) -> Callable[..., An
 
         @staticmethod
         def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():
-                raise NotImplementedError(
-                    "neighborhood attention has no second derivative: "
-                    "create_graph=True is not supported"
-                )
+            refuse_second_derivative()
             *inputs, output, lse = ctx.saved_tensors
             needed = ctx.needs_input_grad[1 : 1 + count]
             if grad_output is None and grad_lse is None:
@@ -150,43 +171,51 @@ def _differentiable(count: int, forward: Any, backward: Any) -> Callable[..., An
             return None, *gradients, *(None for _ in ctx.settings)
 
     def kernel(keys: Any, *arguments: Any) -> Any:
-        keys &= torch._C._after_autograd_keyset
-        tensors = arguments[:count]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return NeighborhoodAttention.apply(keys, *arguments)
+        if torch.is_grad_enabled():
+            for tensor in arguments[:count]:
+                if tensor is not None and tensor.requires_grad:
+                    return NeighborhoodAttention.apply(keys, *arguments)
         return below_autograd(keys, arguments)
 
     return kernel
 
 
-_library = torch.library.Library("neighborhood_attention", "DEF")
-
-
 def _register(
     name: str, tensors: str, forward: Any, forward_fake: Any, backward: Any, backward_fake: Any
-) -> None:
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register an operator and its backward; returns the operator as the public functions call it.
+
+    That one skips the dispatcher's way to the key Autograd where nothing looks in between.
+    """
     count = tensors.count(",") + 1
     gradients = ", ".join(["Tensor"] * count)
-    _library.define(f"{name}({tensors}, {_SETTINGS}) -> (Tensor, Tensor)")
-    _library.define(f"{name}_backward({tensors}, {_SETTINGS}, {_RESULTS}) -> ({gradients})")
-    for suffix, kernel, fake in (
-        ("", forward, forward_fake),
-        ("_backward", backward, backward_fake),
-    ):
-        _library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"neighborhood_attention::{name}{suffix}", fake, lib=_library)
-    operators = (
-        getattr(torch.ops.neighborhood_attention, name + suffix).default
-        for suffix in ("", "_backward")
-    )
-    _library.impl(name, _differentiable(count, *operators), "Autograd", with_keyset=True)
+    operator = define(f"{name}({tensors}, {_SETTINGS}) -> (Tensor, Tensor)", forward, forward_fake)
+    operator_backward = define(
+        f"{name}_backward({tensors}, {_SETTINGS}, {_RESULTS}) -> ({gradients})",
+        backward, backward_fake,
+    )  # fmt: skip
+    differentiable = _differentiable(count, operator, operator_backward)
+    _library.impl(name, differentiable, "Autograd", with_keyset=True)
+
+    def call(*arguments: Any) -> tuple[Tensor, Tensor]:
+        observed = (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        )
+        results: tuple[Tensor, Tensor] = (
+            operator(*arguments) if observed else differentiable(None, *arguments)
+        )
+        return results
+
+    return call
 
 
-_register(
+attention = _register(
     "attention", _INPUTS,
     _attention, _attention_fake, _attention_backward, _attention_backward_fake,
 )  # fmt: skip
-_register(
+attention_qkvpacked = _register(
     "attention_qkvpacked", _PACKED_INPUTS,
     _packed, _packed_fake, _packed_backward, _packed_backward_fake,
 )  # fmt: skip

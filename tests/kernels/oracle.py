@@ -9,12 +9,12 @@ query i belongs to the group g = i % d of Lg tokens:
     causal:     lead = min((q // s) * s + s - 1, Lg - 1)
                 it starts at max(lead - K + 1, 0) and ends with the query
 
-The relative positional bias is added at [key - query + K - 1], counted in the group.
+The relative positional bias is added at [key - query + K - 1], counted in the group. Query head h
+uses key head h // (heads // key_heads). Additional keys are seen by every query.
 """
 
-import itertools
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -34,6 +34,9 @@ class Case:
     heads: int = 2
     head_dim: int = 16
     rpb: bool = True
+    key_heads: int = 0  # as many as heads
+    value_dim: int = 0  # head_dim
+    additional: int | None = None
     window: tuple = field(init=False)
 
     def __post_init__(self):
@@ -43,13 +46,44 @@ class Case:
         object.__setattr__(
             self, "window", (self.kernel_size, self.stride, self.dilation, self.is_causal)
         )
+        object.__setattr__(self, "key_heads", self.key_heads or self.heads)
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+
+    @property
+    def settings(self):
+        """The window, by the names of the functions' arguments."""
+        names = "kernel_size", "stride", "dilation", "is_causal"
+        return dict(zip(names, self.window, strict=True))
 
     def __str__(self):
         parts = ["x".join(map(str, self.spatial)), "k" + "x".join(map(str, self.kernel_size))]
         parts += ["s" + "x".join(map(str, self.stride))] * any(s > 1 for s in self.stride)
         parts += ["d" + "x".join(map(str, self.dilation))] * any(d > 1 for d in self.dilation)
         parts += ["causal" + "".join("ny"[c] for c in self.is_causal)] * any(self.is_causal)
-        return "-".join([*parts, f"D{self.head_dim}"] + ["rpb"] * self.rpb)
+        parts += [f"D{self.head_dim}"] + ["rpb"] * self.rpb
+        parts += [f"G{self.key_heads}of{self.heads}"] * (self.key_heads != self.heads)
+        parts += [f"v{self.value_dim}"] * (self.value_dim != self.head_dim)
+        return "-".join(parts + [f"S{self.additional}"] * (self.additional is not None))
+
+    def shapes(self):
+        """Of the tensors that three-tensor functions take."""
+        shapes = {
+            "query": (self.batch, *self.spatial, self.heads, self.head_dim),
+            "key": (self.batch, *self.spatial, self.key_heads, self.head_dim),
+            "value": (self.batch, *self.spatial, self.key_heads, self.value_dim),
+        }
+        if self.rpb:
+            shapes["rpb"] = (self.heads, *(2 * k - 1 for k in self.kernel_size))
+        if self.additional is not None:
+            for name, size in (("keys", self.head_dim), ("values", self.value_dim)):
+                shapes[f"additional_{name}"] = (self.batch, self.additional, self.key_heads, size)
+        return shapes
+
+    def packed_shapes(self):
+        """Of the tensors that functions of a packed projection take."""
+        shapes = self.shapes()
+        qkv = (self.batch, *self.spatial, 3, self.heads, self.head_dim)
+        return {"qkv": qkv} | {name: shapes[name] for name in shapes if name == "rpb"}
 
 
 def axis_window(i, length, kernel_size, stride, dilation, is_causal):
@@ -69,93 +103,161 @@ def axis_window(i, length, kernel_size, stride, dilation, is_causal):
 @lru_cache(maxsize=8)
 def pairs(spatial, window):
     """For each pair of tokens: whether they attend, and the index into the flat bias."""
-    axes = [
-        [axis_window(i, length, *settings) for i in range(length)]
-        for length, settings in zip(spatial, zip(*window, strict=True), strict=True)
-    ]
-    tokens = list(itertools.product(*map(range, spatial)))
-    number = {token: n for n, token in enumerate(tokens)}
-    attends = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    index = torch.zeros(len(tokens), len(tokens), dtype=torch.long)
-    for n, token in enumerate(tokens):
-        for keys in itertools.product(*(axes[a][i] for a, i in enumerate(token))):
-            m = number[tuple(position for position, _ in keys)]
-            attends[n, m] = True
-            flat = 0
-            for (_, offset), size in zip(keys, window[0], strict=True):
-                flat = flat * (2 * size - 1) + offset
-            index[n, m] = flat
+    attends, index = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long)
+    for length, *settings in zip(spatial, *window, strict=True):
+        axis_attends = torch.zeros(length, length, dtype=torch.bool)
+        axis_index = torch.zeros(length, length, dtype=torch.long)
+        for i in range(length):
+            for key, offset in axis_window(i, length, *settings):
+                axis_attends[i, key] = True
+                axis_index[i, key] = offset
+        attends = torch.kron(attends, axis_attends)
+        ones = torch.ones_like(axis_index)
+        index = torch.kron(index, ones) * (2 * settings[0] - 1) + torch.kron(
+            torch.ones_like(index), axis_index
+        )
     return attends, index
 
 
-def attention(case, query, key, value, rpb, scale):
-    """Output and log-sum-exp, by the whole matrix of scores; differentiable."""
+def scores(case, query, key, rpb=None, additional_keys=None, *, scale):
+    """Logits of all pairs [B, heads, tokens, tokens + S], -inf where they do not attend."""
     attends, index = (t.to(query.device) for t in pairs(case.spatial, case.window))
-    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))
-    scores = scale * (q @ k.mT)
+    q, k = (heads_first(case, x) for x in (query, key))
+    logits = scale * (q @ k.mT)
     if rpb is not None:
-        scores = scores + rpb.flatten(1)[:, index]
-    scores = scores.masked_fill(~attends, -torch.inf)
-    output = (scores.softmax(-1) @ v).transpose(1, 2).reshape(value.shape)
-    return output, scores.logsumexp(-1).transpose(1, 2).reshape(query.shape[:-1])
+        logits = logits + rpb.flatten(1)[:, index]
+    logits = logits.masked_fill(~attends, -torch.inf)
+    if additional_keys is not None:
+        logits = torch.cat([logits, scale * (q @ heads_first(case, additional_keys).mT)], -1)
+    return logits
+
+
+def heads_first(case, tensor):
+    """[B, ..., N, D] to [B, heads, tokens, D]: key heads once for each query head."""
+    tensor = tensor.flatten(1, -3).transpose(1, 2)
+    return tensor.repeat_interleave(case.heads // tensor.shape[1], 1)
+
+
+def attention(
+    case, query, key, value, rpb=None, scale=1.0, additional_keys=None, additional_values=None
+):
+    """Output and log-sum-exp, by the whole matrix of scores; differentiable."""
+    logits = scores(case, query, key, rpb, additional_keys, scale=scale)
+    values = heads_first(case, value)
+    if additional_values is not None:
+        values = torch.cat([values, heads_first(case, additional_values)], -2)
+    output = (logits.softmax(-1) @ values).transpose(1, 2)
+    rows = query.shape[:-1]
+    return output.reshape(*rows, -1), logits.logsumexp(-1).transpose(1, 2).reshape(rows)
+
+
+def random_tensors(shapes, dtype, device="cpu"):
+    """N(0, 1), rounded to `dtype`; a bias is then fp32 at least."""
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+        is_bias = name == "rpb"
+        tensors[name] = tensor.to(torch.promote_types(dtype, torch.float32)) if is_bias else tensor
+    return tensors
 
 
 def inputs(case, dtype, device="cpu"):
-    """Packed projection and bias, N(0, 1), rounded to `dtype`; the bias is then fp32 at least."""
-    qkv = torch.randn(case.batch, *case.spatial, 3, case.heads, case.head_dim, dtype=torch.float64)
-    qkv = qkv.to(dtype).to(device)
-    if not case.rpb:
-        return qkv, None
-    rpb = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size), dtype=torch.float64)
-    return qkv, rpb.to(dtype).to(torch.promote_types(dtype, torch.float32)).to(device)
+    """Packed projection, and bias or None."""
+    tensors = random_tensors(case.packed_shapes(), dtype, device)
+    return tensors["qkv"], tensors.get("rpb")
 
 
-def gradients(outputs, grads, leaves):
-    """Gradients of `leaves` (None entries stay None)."""
-    present = [leaf for leaf in leaves if leaf is not None]
-    found = iter(torch.autograd.grad(outputs, present, grads))
-    return [None if leaf is None else next(found) for leaf in leaves]
+def random_gradients(case, dtype, device="cpu"):
+    """Of output and log-sum-exp."""
+    rows = case.batch, *case.spatial, case.heads
+    lse_dtype = torch.promote_types(dtype, torch.float32)
+    grad_output = torch.randn(*rows, case.value_dim, dtype=torch.float64).to(dtype)
+    grad_lse = torch.randn(rows, dtype=torch.float64).to(lse_dtype)
+    return grad_output.to(device), grad_lse.to(device)
+
+
+def results(function, tensors, grads):
+    """Output, lse and the gradient of every tensor, by name."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    output, lse = function(**leaves)
+    found = torch.autograd.grad([output, lse], list(leaves.values()), grads)
+    named = {f"grad_{name}": grad for name, grad in zip(leaves, found, strict=True)}
+    return {"output": output, "lse": lse} | named
 
 
 def run(function, case, qkv, rpb, grad_output, grad_lse, **options):
-    """Output, lse and the gradients of qkv and rpb; `function` is called as `na2d_qkvpacked`."""
-    qkv = qkv.detach().requires_grad_()
-    rpb = None if rpb is None else rpb.detach().requires_grad_()
-    output, lse = function(qkv, *case.window, rpb=rpb, return_lse=True, **options)
-    return [output, lse, *gradients([output, lse], [grad_output, grad_lse], [qkv, rpb])]
+    """Output, lse and the gradients of qkv and rpb (None without one)."""
+    tensors = {"qkv": qkv} | ({} if rpb is None else {"rpb": rpb})
+    function = partial(function, **case.settings, return_lse=True, **options)
+    found = results(function, tensors, (grad_output, grad_lse))
+    return [found.get(name) for name in ("output", "lse", "grad_qkv", "grad_rpb")]
 
 
-def expected(case, qkv, rpb, grad_output, grad_lse, scale=None):
-    """The same from the definition, in fp64."""
-    scale = case.head_dim**-0.5 if scale is None else scale
-
-    def function(qkv, *_, rpb, return_lse):
-        return attention(case, *qkv.unbind(-3), rpb, scale)
-
-    wide = [None if t is None else t.detach().double() for t in (qkv, rpb, grad_output, grad_lse)]
-    return run(function, case, *wide)
+def unpacked(qkv=None, **tensors):
+    """The tensors that `attention` takes."""
+    if qkv is not None:
+        tensors |= dict(zip(("query", "key", "value"), qkv.unbind(-3), strict=True))
+    return tensors
 
 
-def assert_close(name, actual, reference, tolerance):
-    """The error's norm must stay under the tolerance, relative to the reference's."""
-    if reference is None:
-        assert actual is None, f"{name}: expected None"
-        return
+def expected(case, tensors, grads, scale):
+    """The results from the definition, in fp64."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    grads = [grad.double() for grad in grads]
+    return results(lambda **t: attention(case, **unpacked(**t), scale=scale), tensors, grads)
+
+
+def magnitudes(case, tensors, grads, scale):
+    """For every result the sum of the absolute values of its terms: what rounding acts on."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    grad_output, grad_lse = (heads_first(case, g) for g in (grads[0], grads[1].unsqueeze(-1)))
+    grad_output, grad_lse = grad_output.double().abs(), grad_lse.double().abs()
+    plain = unpacked(**tensors)
+    plain.pop("value"), plain.pop("additional_values", None)
+    logits = scores(case, **plain, scale=scale)
+    p = logits.softmax(-1)
+
+    def function(**leaves):
+        leaves = unpacked(**leaves)
+        values = [heads_first(case, leaves.pop("value"))]
+        if "additional_values" in leaves:
+            values.append(heads_first(case, leaves.pop("additional_values")))
+        values = torch.cat(values, -2)
+        terms = scores(case, **leaves, scale=abs(scale)).masked_fill(logits == -torch.inf, 0)
+        dp = grad_output @ values.mT
+        # The gradient of this total in each tensor is that tensor's sum of terms.
+        ds = p * (dp + (p * dp).sum(-1, keepdim=True) + grad_lse)
+        total = (ds.detach() * terms).sum() + (p * dp).sum()
+        return total, (p @ values, (p * terms).sum(-1))
+
+    leaves = {name: tensor.abs().requires_grad_() for name, tensor in tensors.items()}
+    total, (output, lse) = function(**leaves)
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    named = {f"grad_{name}": grad for name, grad in zip(leaves, found, strict=True)}
+    return {"output": output.detach(), "lse": lse.detach()} | named
+
+
+def assert_close(name, actual, reference, tolerance, magnitude=None):
+    """The error's norm must stay under the tolerance, relative to the result or its terms."""
     assert actual.shape == reference.shape, f"{name}: {actual.shape} instead of {reference.shape}"
     error, norm = (actual.detach().double() - reference).norm(), reference.norm()
+    if magnitude is not None:
+        norm = max(norm, magnitude.norm())
     assert error <= tolerance * norm, f"{name}: error {error / norm:.2e}, allowed {tolerance:.0e}"
 
 
-def check(function, case, dtype, device="cpu", tolerance=None, **options):
+def check(function, case, dtype, device="cpu", tolerance=None, scale=None, **options):
     """`function` must agree with the definition, forward and backward, in every result."""
-    qkv, rpb = inputs(case, dtype, device)
-    output_shape = (case.batch, *case.spatial, case.heads, case.head_dim)
-    grad_output = torch.randn(output_shape, dtype=torch.float64).to(dtype).to(device)
-    lse_dtype = torch.promote_types(dtype, torch.float32)
-    grad_lse = torch.randn(output_shape[:-1], dtype=torch.float64).to(lse_dtype).to(device)
-    actual = run(function, case, qkv, rpb, grad_output, grad_lse, **options)
-    reference = expected(case, qkv, rpb, grad_output, grad_lse)
-    assert actual[0].dtype == actual[2].dtype == dtype
-    names = "output", "lse", "grad_qkv", "grad_rpb"
-    for name, a, r in zip(names, actual, reference, strict=True):
-        assert_close(name, a, r, tolerance or TOLERANCE[dtype])
+    is_packed = "qkvpacked" in function.__name__
+    shapes = case.packed_shapes() if is_packed else case.shapes()
+    tensors = random_tensors(shapes, dtype, device)
+    grads = random_gradients(case, dtype, device)
+    function = partial(function, **case.settings, scale=scale, return_lse=True, **options)
+    actual = results(function, tensors, grads)
+    assert actual["output"].dtype == dtype
+    assert all(actual[f"grad_{name}"].dtype == tensor.dtype for name, tensor in tensors.items())
+    scale = case.head_dim**-0.5 if scale is None else scale
+    references = expected(case, tensors, grads, scale)
+    sizes = magnitudes(case, tensors, grads, scale)
+    for name, a in actual.items():
+        assert_close(name, a, references[name], tolerance or TOLERANCE[dtype], sizes[name])

@@ -21,7 +21,7 @@ from neighborhood_attention.geometry import Neighborhood
 MAX_SCORES = 2**24
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast would round the scores."""
 
     @wraps(function)
@@ -38,14 +38,14 @@ def supports(inputs: Inputs, window: Neighborhood) -> str | None:
     return None
 
 
-@_without_autocast
+@without_autocast
 def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; computes in fp32, or fp64 for fp64."""
     query, key, value, _, additional_keys, additional_values = inputs
     device, dtype, key_heads = query.device, compute_dtype(query), key.shape[-2]
     output = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=device)
     lse = torch.empty(query.shape[:-1], dtype=dtype, device=device)
-    for tiles, bias, images in _pieces(inputs, window):
+    for tiles, bias, images in pieces(inputs, window):
         queries = tiles.queries(query[images], key_heads).to(dtype)
         scores = _scores(queries, _keys(tiles, key, additional_keys, images, dtype), bias, scale)
         lse_piece = scores.logsumexp(-1, keepdim=True)
@@ -56,7 +56,7 @@ def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor,
     return output, lse
 
 
-@_without_autocast
+@without_autocast
 def backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
@@ -71,7 +71,7 @@ def backward(
     query, key, value, _, additional_keys, additional_values = inputs
     dtype, key_heads = compute_dtype(query), key.shape[-2]
     sums = Inputs(query, *[_zeros(x, dtype) for x in gradients[1:]])
-    for tiles, bias, images in _pieces(inputs, window):
+    for tiles, bias, images in pieces(inputs, window):
 
         def rows(tensor: Tensor) -> Tensor:
             return tiles.queries(tensor[images], key_heads).to(dtype)  # noqa: B023
@@ -146,7 +146,7 @@ def _add_to_keys(
     rows: Tensor,
 ) -> None:
     """Add, for every key, the sum of the rows with its weights [B, G, T, R, K + S]."""
-    size = weights.shape[-1] - (0 if additional is None else additional.shape[1])
+    size = tiles.halo_size
     tiles.add_to_keys(target[images], weights[..., :size].mT @ rows)
     if additional is not None:
         rest = weights[..., size:].flatten(2, 3).mT @ rows.flatten(2, 3)
@@ -157,7 +157,7 @@ def _zeros(like: Tensor | None, dtype: torch.dtype) -> Any:
     return None if like is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
-def _pieces(inputs: Inputs, window: Neighborhood) -> Iterator[tuple[Tiles, Tensor, slice]]:
+def pieces(inputs: Inputs, window: Neighborhood) -> Iterator[tuple[Tiles, Tensor, slice]]:
     """The work, in pieces of bounded size: some tiles of the first axis, for some images."""
     query, key_heads = inputs.query, inputs.key.shape[-2]
     batch, *spatial, heads, _ = query.shape

@@ -55,13 +55,18 @@ class Tiles:
         return _outer([axis.is_query for axis in self.axes])
 
     @property
+    def halo_size(self) -> int:
+        """K."""
+        return prod(axis.keys.shape[1] for axis in self.axes)
+
+    @property
     def attends(self) -> Tensor:
         """[T, Q, K]."""
         return _outer([axis.attends for axis in self.axes])
 
     def queries(self, tensor: Tensor, key_heads: int) -> Tensor:
         """[B, *spatial, N, D] to [B, G, T, R, D]."""
-        return _share_rows(_gather(tensor, [axis.queries for axis in self.axes]), key_heads)
+        return self.by_key_head(_gather(tensor, [axis.queries for axis in self.axes]), key_heads)
 
     def keys(self, tensor: Tensor) -> Tensor:
         """[B, *spatial, G, D] to [B, G, T, K, D]."""
@@ -73,17 +78,62 @@ class Tiles:
         if rpb is None:
             bias = torch.zeros(attends.shape, dtype=dtype, device=attends.device)
             bias = bias.masked_fill_(~attends, -torch.inf).expand(heads // key_heads, -1, -1, -1)
-            return _share_rows(bias[None], 1)
+            return self.by_key_head(bias[None], 1)
         index: list[Any] = [
             axis.bias_index.view(_interleaved(axis.bias_index, a, len(self.axes)))
             for a, axis in enumerate(self.axes)
         ]
         bias = rpb.to(dtype)[(slice(None), *index)].reshape(heads, *attends.shape)
-        return _share_rows(bias.masked_fill_(~attends, -torch.inf)[None], key_heads)
+        return self.by_key_head(bias.masked_fill_(~attends, -torch.inf)[None], key_heads)
+
+    def to_windows(self, tiles: Tensor, window: Neighborhood, no_key: float) -> Tensor:
+        """[B, N, T, Q, K] to [B, N, T, Q, W]: the keys of each window, row by row.
+
+        A causal window may have fewer than W = `window.size`; their places hold `no_key`.
+        """
+        index, is_key = [], []
+        for axis, size in zip(self.axes, window.kernel_size, strict=True):
+            last = axis.attends.shape[-1] - 1
+            place = axis.first.unsqueeze(-1) + torch.arange(size, device=axis.first.device)
+            index.append(place.clamp(max=last))
+            is_key.append(axis.attends.gather(-1, index[-1]) & (place <= last))
+        flat = _flat_index(index, [axis.attends.shape[-1] for axis in self.axes])
+        windows = tiles.gather(-1, flat.expand(*tiles.shape[:2], *flat.shape))
+        return windows.masked_fill_(~_outer(is_key), no_key)
+
+    def from_windows(self, windows: Tensor, window: Neighborhood) -> Tensor:
+        """[B, N, T, Q, W] to [B, N, T, Q, K]; 0 outside the window and for repeated queries."""
+        index = [
+            torch.arange(axis.attends.shape[-1], device=axis.first.device)
+            - axis.first.unsqueeze(-1)
+            for axis in self.axes
+        ]
+        index = [
+            place.clamp(0, size - 1) for place, size in zip(index, window.kernel_size, strict=True)
+        ]
+        flat = _flat_index(index, list(window.kernel_size))
+        tiles = windows.gather(-1, flat.expand(*windows.shape[:2], *flat.shape))
+        return tiles.masked_fill_(~(self.attends & self.is_query.unsqueeze(-1)), 0)
+
+    @staticmethod
+    def by_key_head(tiles: Tensor, key_heads: int) -> Tensor:
+        """[B, N, T, Q, X] to [B, G, T, R, X]."""
+        if tiles.shape[1] == key_heads:
+            return tiles
+        grouped: Tensor = tiles.unflatten(1, (key_heads, -1))
+        return grouped.transpose(2, 3).flatten(3, 4)
+
+    @staticmethod
+    def by_head(tiles: Tensor, heads: int) -> Tensor:
+        """[B, G, T, R, X] to [B, N, T, Q, X]."""
+        if tiles.shape[1] == heads:
+            return tiles
+        grouped: Tensor = tiles.unflatten(3, (heads // tiles.shape[1], -1))
+        return grouped.transpose(2, 3).flatten(1, 2)
 
     def write_queries(self, target: Tensor, tiles: Tensor) -> None:
         """Write [B, G, T, R, D] to the queries' positions in [B, *spatial, N, D]."""
-        tiles = _split_rows(tiles, target.shape[-2])
+        tiles = self.by_head(tiles, target.shape[-2])
         tiles = _flat_axes(tiles, [axis.queries for axis in self.axes])
         positions = []
         for a, axis in enumerate(self.axes):
@@ -103,7 +153,7 @@ class Tiles:
 
     def add_to_bias(self, target: Tensor, tiles: Tensor) -> None:
         """Add [G, T, R, K] at its entries of the bias [N, 2 * kernel_size - 1, ...]."""
-        tiles = _split_rows(tiles[None], target.shape[0])[0]
+        tiles = self.by_head(tiles[None], target.shape[0])[0]
         sizes = [axis.attends.shape[column] for column in range(3) for axis in self.axes]
         tiles = tiles.reshape(tiles.shape[0], *sizes)
         dims = len(self.axes)
@@ -187,20 +237,13 @@ def _interleaved(table: Tensor, axis: int, dims: int) -> list[int]:
     return shape
 
 
-def _share_rows(tiles: Tensor, key_heads: int) -> Tensor:
-    """[B, N, T, Q, X] to [B, G, T, R, X]."""
-    if tiles.shape[1] == key_heads:
-        return tiles
-    by_key_head: Tensor = tiles.unflatten(1, (key_heads, -1))
-    return by_key_head.transpose(2, 3).flatten(3, 4)
-
-
-def _split_rows(tiles: Tensor, heads: int) -> Tensor:
-    """[B, G, T, R, X] to [B, N, T, Q, X]."""
-    if tiles.shape[1] == heads:
-        return tiles
-    by_head: Tensor = tiles.unflatten(3, (heads // tiles.shape[1], -1))
-    return by_head.transpose(2, 3).flatten(1, 2)
+def _flat_index(index: list[Tensor], sizes: list[int]) -> Tensor:
+    """[T_a, Q_a, X_a] of each axis to [T, Q, X] into the product of the axes, of these sizes."""
+    dims = len(index)
+    flat = torch.zeros((), dtype=torch.long, device=index[0].device)
+    for a, (places, size) in enumerate(zip(index, sizes, strict=True)):
+        flat = flat * size + places.view(_interleaved(places, a, dims))
+    return flat.reshape([prod(flat.shape[c * dims : (c + 1) * dims]) for c in range(3)])
 
 
 def _gather(tensor: Tensor, positions: list[Tensor]) -> Tensor:

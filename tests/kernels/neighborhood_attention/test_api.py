@@ -17,7 +17,7 @@ def tensor(*shape, **options):
 
 # Argument, a bad value, the error and its message.
 WINDOW_ERRORS = [
-    ("kernel_size", 0, ValueError, r"kernel_size=0: expected at least 1"),
+    ("kernel_size", 0, ValueError, r"kernel_size=\(0, 0\): expected at least 1"),
     ("kernel_size", (3, -1), ValueError, r"kernel_size=\(3, -1\): expected at least 1"),
     ("kernel_size", (3,), ValueError, r"kernel_size=\(3,\): expected 2 entries"),
     ("kernel_size", (3, 3, 3), ValueError, r"kernel_size=\(3, 3, 3\): expected 2 entries"),
@@ -25,51 +25,83 @@ WINDOW_ERRORS = [
     ("kernel_size", 3.0, TypeError, r"kernel_size=3.0: expected int"),
     ("kernel_size", "3", TypeError, r"kernel_size='3': expected int"),
     ("kernel_size", True, TypeError, r"kernel_size=True: expected int"),
-    ("stride", 0, ValueError, r"stride=0: expected 1 <= stride <= kernel_size=\(3, 3\)"),
+    ("stride", 0, ValueError, r"stride=\(0, 0\): expected 1 <= stride <= kernel_size=\(3, 3\)"),
     ("stride", (1, 4), ValueError, r"stride=\(1, 4\): expected 1 <= stride"),
     ("stride", None, TypeError, r"stride=None: expected int"),
-    ("dilation", 0, ValueError, r"dilation=0: expected at least 1"),
+    ("dilation", 0, ValueError, r"dilation=\(0, 0\): expected at least 1"),
     ("dilation", (1, 3), ValueError, r"dilation=\(1, 3\): spans 9 tokens of axis 1, .* 7"),
     ("dilation", 1.5, TypeError, r"dilation=1.5: expected int"),
     ("is_causal", 1, TypeError, r"is_causal=1: expected bool"),
     ("is_causal", (True,), ValueError, r"is_causal=\(True,\): expected 2 entries"),
     ("scale", "1", TypeError, r"scale='1': expected a number"),
+    ("scale", True, TypeError, r"scale=True: expected a number"),
     ("rpb", [1.0], TypeError, r"rpb: expected a tensor, got list"),
     ("rpb", tensor(2, 5, 3), ValueError, r"rpb: expected shape .*\(2, 5, 5\), got \(2, 5, 3\)"),
-    ("rpb", tensor(2, 5, 5, dtype=torch.int64), TypeError, r"rpb: .* floating-point .*int64"),
+    ("rpb", tensor(2, 5, 5, dtype=torch.int64), TypeError, r"rpb: expected fp16, .*int64"),
     ("rpb", tensor(2, 5, 5, device="meta"), ValueError, r"rpb: expected query's device cpu"),
 ]
 BACKEND_ERRORS = [
     ("backend", "cutlass", ValueError, r"backend='cutlass': expected None or one of"),
     ("backend", 3, ValueError, r"backend=3: expected None or one of \['fused', 'reference'\]"),
 ]
+DTYPES = "expected fp16, bf16, fp32 or fp64, got"
 QKV_ERRORS = [
     ("query", None, TypeError, r"query: expected a tensor, got NoneType"),
     ("query", tensor(6, 7, 2, 4), ValueError, r"query: expected \[B, H, W, heads, D\], got .*\(6"),
     ("query", tensor(2, 6, 7, 1, 2, 4), ValueError, r"query: expected \[B, H, W, heads, D\]"),
     ("query", tensor(2, 6, 7, 0, 4), ValueError, r"query: expected a head .*\(2, 6, 7, 0, 4\)"),
     ("query", tensor(2, 6, 7, 2, 0), ValueError, r"query: .* head dimension, .*\(2, 6, 7, 2, 0\)"),
-    ("query", tensor(dtype=torch.int32), TypeError, r"query: expected a floating-point .*int32"),
+    ("query", tensor(dtype=torch.int32), TypeError, rf"query: {DTYPES} torch.int32"),
+    ("query", tensor(dtype=torch.cfloat), TypeError, rf"query: {DTYPES} torch.complex64"),
     ("key", 1, TypeError, r"key: expected a tensor, got int"),
-    ("key", tensor(6, 7, 2, 4), ValueError, r"key: expected \[B, H, W, heads, D\]"),
-    ("key", tensor(2, 6, 7, 2, 5), ValueError, r"key: expected query's shape .*\(2, 6, 7, 2, 5\)"),
+    ("key", tensor(6, 7, 2, 4), ValueError, r"key: expected \[B, H, W, heads, D\], got .*\(6, 7"),
+    (
+        "key", tensor(2, 6, 7, 2, 5), ValueError,
+        r"key: expected query's shape \(2, 6, 7, key_heads, 4\), got \(2, 6, 7, 2, 5\)",
+    ),
+    ("key", tensor(2, 6, 8, 2, 4), ValueError, r"key: expected query's shape .*\(2, 6, 8, 2, 4\)"),
+    ("key", tensor(2, 6, 7, 3, 4), ValueError, r"key: .* divides query's 2, .*\(2, 6, 7, 3, 4\)"),
+    ("key", tensor(2, 6, 7, 0, 4), ValueError, r"key: expected a head .*\(2, 6, 7, 0, 4\)"),
     ("key", tensor(dtype=torch.float64), TypeError, r"key: expected query's dtype .*float64"),
     ("key", tensor(device="meta"), ValueError, r"key: expected query's device cpu, got meta"),
-]
+]  # fmt: skip
 NA2D_ERRORS = [
     ("value", None, TypeError, r"value: expected a tensor, got NoneType"),
     ("value", tensor(2, 6, 7, 4), ValueError, r"value: expected \[B, H, W, heads, D\]"),
-    ("value", tensor(2, 6, 7, 1, 4), ValueError, r"value: expected query's shape"),
+    (
+        "value", tensor(2, 6, 7, 1, 4), ValueError,
+        r"value: expected key's shape \(2, 6, 7, 2, D_v\), got \(2, 6, 7, 1, 4\)",
+    ),
+    ("value", tensor(2, 6, 7, 2, 0), ValueError, r"value: .* head dimension, .*\(2, 6, 7, 2, 0\)"),
     ("value", tensor(dtype=torch.bfloat16), TypeError, r"value: expected query's dtype .*bfloat16"),
     ("value", tensor(device="meta"), ValueError, r"value: expected query's device cpu, got meta"),
-    ("additional_keys", tensor(), NotImplementedError, r"additional_keys"),
-    ("additional_values", tensor(), NotImplementedError, r"additional_values"),
-]
+    ("additional_keys", None, ValueError, r"additional_keys=None: expected both"),
+    ("additional_keys", 3, TypeError, r"additional_keys: expected a tensor, got int"),
+    ("additional_values", None, ValueError, r"additional_values=None: expected both"),
+    (
+        "additional_keys", tensor(2, 3, 2, 5), ValueError,
+        r"additional_keys: expected shape \(2, S, 2, 4\), got \(2, 3, 2, 5\)",
+    ),
+    ("additional_keys", tensor(), ValueError, r"additional_keys: expected .*\(2, 6, 7, 2, 4\)"),
+    (
+        "additional_values", tensor(2, 4, 2, 4), ValueError,
+        r"additional_values: expected shape \(2, 3, 2, 4\), got \(2, 4, 2, 4\)",
+    ),
+    (
+        "additional_keys", tensor(2, 3, 2, 4).double(), TypeError,
+        r"additional_keys: expected query's dtype torch.float32, got torch.float64",
+    ),
+    (
+        "additional_values", tensor(2, 3, 2, 4, device="meta"), ValueError,
+        r"additional_values: expected query's device cpu, got meta",
+    ),
+]  # fmt: skip
 PACKED_ERRORS = [
     ("qkv", None, TypeError, r"qkv: expected a tensor, got NoneType"),
     ("qkv", tensor(), ValueError, r"qkv: expected \[B, H, W, 3, heads, D\], got .*\(2, 6, 7, 2, 4"),
     ("qkv", tensor(2, 6, 7, 2, 2, 4), ValueError, r"qkv: expected \[B, H, W, 3, heads, D\]"),
-    ("qkv", tensor(2, 6, 7, 3, 2, 4, dtype=torch.uint8), TypeError, r"qkv: .*floating-point"),
+    ("qkv", tensor(2, 6, 7, 3, 2, 0), ValueError, r"qkv: .* head dimension, .*\(2, 6, 7, 3, 2, 0"),
+    ("qkv", tensor(2, 6, 7, 3, 2, 4, dtype=torch.uint8), TypeError, rf"qkv: {DTYPES} torch.uint8"),
 ]
 
 
@@ -79,6 +111,7 @@ PACKED_ERRORS = [
 )
 def test_na2d_names_the_argument_that_breaks_a_rule(name, value, error, message):
     good = {"query": tensor(), "key": tensor(), "value": tensor(), "kernel_size": 3}
+    good |= {f"additional_{n}": tensor(2, 3, 2, 4) for n in ("keys", "values")}
     na2d(**good)
     with pytest.raises(error, match=message):
         na2d(**good | {name: value})

@@ -39,3 +39,16 @@ def test_the_count_grows_with_the_window_and_not_with_the_dilation(function):
     small = count(lambda: function(qkv, 3))
     assert count(lambda: function(qkv, 6)) == 4 * small
     assert count(lambda: na2d_qkvpacked(qkv, 3, dilation=4)) == small
+
+
+def test_grouped_heads_a_value_dimension_and_additional_keys_are_counted():
+    query, key = torch.randn(1, 8, 8, 4, 6), torch.randn(1, 8, 8, 2, 6)
+    value = torch.randn(1, 8, 8, 2, 10, requires_grad=True)
+    keys, values = torch.randn(1, 5, 2, 6), torch.randn(1, 5, 2, 10)
+
+    def call():
+        return na2d(query, key, value, 3, additional_keys=keys, additional_values=values)
+
+    pairs = 8 * 8 * 4 * (9 + 5)
+    assert count(call) == 2 * pairs * (6 + 10)
+    assert count(lambda: call().sum().backward()) == 2 * pairs * (6 + 10 + 3 * 6 + 2 * 10)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from neighborhood_attention import NeighborhoodAttention2D, na2d_qkvpacked
+from neighborhood_attention import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    modules,
+    na1d_qkvpacked,
+    na2d_qkvpacked,
+    na3d_qkvpacked,
+)
 
 
 def test_parameters_are_named_as_in_the_published_checkpoints():
@@ -52,6 +60,61 @@ def test_the_window_can_be_changed():
     assert repr(module) == repr(other)
     x = torch.randn(1, 7, 6, 8)
     torch.testing.assert_close(module(x), other(x))
+
+
+@pytest.mark.parametrize(
+    ("cls", "function", "spatial"),
+    [
+        (NeighborhoodAttention1D, na1d_qkvpacked, (7,)),
+        (NeighborhoodAttention3D, na3d_qkvpacked, (6, 5, 4)),
+    ],
+    ids=["1d", "3d"],
+)
+def test_one_and_three_axes_do_the_same(cls, function, spatial):
+    dims = len(spatial)
+    small, padded = (4, *spatial[1:]), (6, *spatial[1:])
+    module = cls(8, 2, 3, dilation=(2, 1, 1)[:dims], rel_pos_bias=True, pad_small_inputs=True)
+    assert module.rpb.shape == (2, *[5] * dims)
+    scripted = torch.jit.script(module)
+    for size, inside in ((spatial, spatial), (small, padded)):
+        x = torch.randn(2, *size, 8)
+        full = torch.zeros(2, *inside, 8)
+        full[:, : size[0]] = x
+        qkv = module.qkv(full).view(2, *inside, 3, 2, 4)
+        y = function(qkv, 3, dilation=(2, 1, 1)[:dims], rpb=module.rpb)[:, : size[0]]
+        expected = module.proj(y.reshape(2, *size, 8))
+        torch.testing.assert_close(module(x), expected)
+        torch.testing.assert_close(scripted(x), expected)
+    with pytest.raises(
+        ValueError, match=rf"x: expected \[B, {'D, H, W' if dims == 3 else 'L'}, emb"
+    ):
+        module(x[0])
+
+
+def test_the_old_name_of_the_channels_is_accepted():
+    module = NeighborhoodAttention2D(dim=8, num_heads=2, kernel_size=3)
+    assert module.qkv.in_features == 8
+
+
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
+def test_dropout_of_the_probabilities_takes_the_unfused_pieces_in_training(scripted, caplog):
+    modules._log_unfused.cache_clear()
+    module = NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True, attn_drop=1.0)
+    NeighborhoodAttention2D(8, 2, 3, attn_drop=0.5)
+    assert [record.message for record in caplog.records] == [
+        "attn_drop > 0: training computes attention unfused, with all probabilities"
+    ]
+    same = NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+    same.load_state_dict(module.state_dict())
+    run = torch.jit.script(module) if scripted else module
+    x = torch.randn(2, 5, 6, 8)
+    assert torch.equal(run(x), module.proj.bias.expand(2, 5, 6, 8))
+    run.eval()
+    assert torch.equal(run(x), same(x))
+    run.train()
+    module.attn_drop.p = 1e-9  # keeps all; the unfused pieces then give the same
+    if not scripted:
+        torch.testing.assert_close(module(x), same(x))
 
 
 def test_a_scale_of_zero_is_honoured():
@@ -140,13 +203,15 @@ def test_the_backend_may_be_set_after_construction(device):
         ({"num_heads": 3}, ValueError, r"num_heads=3: expected a divisor of embed_dim=8"),
         ({"num_heads": 0}, ValueError, r"num_heads=0: expected a divisor of embed_dim=8"),
         ({"embed_dim": 0}, ValueError, r"embed_dim=0"),
-        ({"kernel_size": 0}, ValueError, r"kernel_size=0: expected at least 1"),
+        ({"kernel_size": 0}, ValueError, r"kernel_size=\(0, 0\): expected at least 1"),
         ({"kernel_size": 2.5}, TypeError, r"kernel_size=2.5: expected int"),
-        ({"stride": 4}, ValueError, r"stride=4: expected 1 <= stride <= kernel_size"),
+        ({"stride": 4}, ValueError, r"stride=\(4, 4\): expected 1 <= stride <= kernel_size"),
         ({"dilation": (1, 0)}, ValueError, r"dilation=\(1, 0\): expected at least 1"),
         ({"is_causal": None}, TypeError, r"is_causal=None: expected bool"),
         ({"qk_scale": "x"}, TypeError, r"qk_scale='x': expected a number"),
-        ({"attn_drop": 0.1}, NotImplementedError, r"attn_drop=0.1"),
+        ({"attn_drop": 1.5}, ValueError, r"attn_drop=1.5: expected a probability"),
+        ({"proj_drop": -1}, ValueError, r"proj_drop=-1: expected a probability"),
+        ({"dim": 8}, TypeError, r"dim=8: expected embed_dim or dim, not both"),
         ({"backend": "cutlass"}, ValueError, r"backend='cutlass': expected None or one of"),
     ],
 )
