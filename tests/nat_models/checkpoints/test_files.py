@@ -93,10 +93,13 @@ def test_written_file_has_the_header_and_takes_views(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "weights.pth"), views, rtol=0, atol=0)
 
 
-def test_failed_write_keeps_the_file_before(tmp_path):
-    path = tmp_path / "weights.safetensors"
+def test_failed_write_keeps_the_file_before_and_leaves_no_other(tmp_path):
+    path, folder = tmp_path / "weights.safetensors", tmp_path / "folder.pth"
     write_checkpoint(WEIGHTS, path, {})
+    folder.mkdir()
     with pytest.raises(TypeError):
         write_checkpoint(WEIGHTS, path, {"model": 3})
-    assert [*tmp_path.iterdir()] == [path]
+    with pytest.raises(IsADirectoryError):
+        write_checkpoint(WEIGHTS, folder, {})
+    assert {*tmp_path.iterdir()} == {path, folder}
     assert read_checkpoint(path).keys() == WEIGHTS.keys()
