@@ -91,8 +91,8 @@ def na2d(
     Raises:
         ValueError: A shape, size or name breaks one of the rules above.
         TypeError: An argument has the wrong type or dtype.
-        NotImplementedError: The backend named does not support this combination. The backward
-            raises it for create_graph=True, and the function under `torch.func` transforms.
+        NotImplementedError: The backend named does not support this combination. So does a
+            derivative in forward mode or under `torch.func`, and a backward with create_graph=True.
     """
     axes = kernel_size, stride, dilation, is_causal
     tensors = query, key, value, rpb, additional_keys, additional_values

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from neighborhood_attention.backends import Inputs, choose
 from neighborhood_attention.geometry import Neighborhood
@@ -44,6 +45,15 @@ def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "neighborhood attention has no second derivative: create_graph=True is not supported"
+        )
+
+
+def refuse_transforms() -> None:
+    """Raise where torch.func or forward-mode differentiation would be wrong without a word."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "neighborhood attention has no derivative in forward mode or under torch.func's "
+            "transforms: use torch.autograd"
         )
 
 
@@ -147,13 +157,16 @@ def _differentiable(count: int, forward: Any, backward: Any) -> Callable[..., An
             )
         return results
 
+    def save(ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.settings = arguments[count:]
+        ctx.save_for_backward(*arguments[:count], *results)
+
     class NeighborhoodAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
             results = below_autograd(keys, arguments)
-            ctx.set_materialize_grads(False)
-            ctx.settings = arguments[count:]
-            ctx.save_for_backward(*arguments[:count], *results)
+            save(ctx, arguments, results)
             return results
 
         @staticmethod
@@ -171,13 +184,22 @@ def _differentiable(count: int, forward: Any, backward: Any) -> Callable[..., An
             return None, *gradients, *(None for _ in ctx.settings)
 
     def kernel(keys: Any, *arguments: Any) -> Any:
+        refuse_transforms()
         if torch.is_grad_enabled():
             for tensor in arguments[:count]:
                 if tensor is not None and tensor.requires_grad:
                     return NeighborhoodAttention.apply(keys, *arguments)
         return below_autograd(keys, arguments)
 
-    return kernel
+    def call(*arguments: Any) -> Any:
+        is_observed = (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        )
+        return forward(*arguments) if is_observed else kernel(None, *arguments)
+
+    return kernel, call
 
 
 def _register(
@@ -192,22 +214,11 @@ def _register(
     operator = define(f"{name}({tensors}, {_SETTINGS}) -> (Tensor, Tensor)", forward, forward_fake)
     operator_backward = define(
         f"{name}_backward({tensors}, {_SETTINGS}, {_RESULTS}) -> ({gradients})",
-        backward, backward_fake,
-    )  # fmt: skip
-    differentiable = _differentiable(count, operator, operator_backward)
-    _library.impl(name, differentiable, "Autograd", with_keyset=True)
-
-    def call(*arguments: Any) -> tuple[Tensor, Tensor]:
-        observed = (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-        )
-        results: tuple[Tensor, Tensor] = (
-            operator(*arguments) if observed else differentiable(None, *arguments)
-        )
-        return results
-
+        backward,
+        backward_fake,
+    )
+    kernel, call = _differentiable(count, operator, operator_backward)
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
     return call
 
 

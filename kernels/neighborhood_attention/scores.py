@@ -14,7 +14,7 @@ from torch import Tensor
 from neighborhood_attention import checks
 from neighborhood_attention.backends import Inputs, reference_scores
 from neighborhood_attention.geometry import Neighborhood
-from neighborhood_attention.ops import define, empty, refuse_second_derivative
+from neighborhood_attention.ops import define, empty, refuse_second_derivative, refuse_transforms
 
 
 def neighborhood_scores(
@@ -47,8 +47,9 @@ def neighborhood_scores(
     Raises:
         ValueError: As `na2d`.
         TypeError: As `na2d`.
-        NotImplementedError: The backward, for create_graph=True.
+        NotImplementedError: Under `torch.func` transforms; in the backward for create_graph=True.
     """
+    _refuse_transforms()
     query, key = checks.autocast(query, key)
     dims = checks.check_dims("query", query)
     checks.check_heads_last("query", query, dims)
@@ -87,8 +88,9 @@ def neighborhood_apply(
     Raises:
         ValueError: As `na2d`; K is not the product of the kernel sizes.
         TypeError: As `na2d`.
-        NotImplementedError: The backward, for create_graph=True.
+        NotImplementedError: Under `torch.func` transforms; in the backward for create_graph=True.
     """
+    _refuse_transforms()
     (value,) = checks.autocast(value)
     dims = checks.check_dims("value", value)
     checks.check_heads_last("value", value, dims)
@@ -97,6 +99,11 @@ def neighborhood_apply(
     checks.check_probabilities(probabilities, value, window)
     output: Tensor = _apply(probabilities, value, window.flat)
     return output
+
+
+def _refuse_transforms() -> None:
+    if not torch.compiler.is_compiling():
+        refuse_transforms()
 
 
 def _scores_kernel(
