@@ -1,5 +1,6 @@
 """Bad input, told apart from faults of the program."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,22 @@ def bad_input() -> Iterator[None]:
         raise ConfigError(str(error.__cause__ or error)) from error
     except (ValueError, TypeError, ImportError, AssertionError, OSError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def faults_of_the_machine() -> Iterator[None]:
+    """Around the work: what the machine does to it is a RunStopped, with what may help."""
+    try:
+        yield
+    except RuntimeError as error:
+        died = re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(error))
+        if not died:
+            raise
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise RunStopped(
+            f"data.num_workers: a loading process died: {reason} Out of memory? Fewer of them may "
+            "help, or a smaller data.batch_size; what was saved last can be continued"
+        ) from error
 
 
 class RunStopped(RuntimeError):

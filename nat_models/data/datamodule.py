@@ -4,26 +4,26 @@ Work is divided as in timm's loaders: worker processes decode, crop and augment 
 device normalises, erases and mixes whole batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
-from PIL.Image import Image
 from timm.data import Mixup, create_transform, resolve_data_config
-from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from timm.models import get_model_traits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import InterpolationMode
 
+from nat_models.data.images import Batch, Complaints, DecodedDataset, DecodedStream, collate
 from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
-from nat_models.data.sources import class_indices, num_classes, open_dataset
+from nat_models.data.sources import class_indices, count, num_classes, open_dataset
+from nat_models.data.streams import StreamLoader, share
+from nat_models.errors import RunStopped
 
-Batch = tuple[Tensor, Tensor]
 INTERPOLATIONS = {mode.value for mode in InterpolationMode}
 
 
@@ -40,6 +40,9 @@ class ImageDataModule(LightningDataModule):
         val_split: Name of the split to evaluate on.
         class_map: See above.
         options: See above.
+        labels: Of a flat folder of held-out images: file with their names and classes.
+        on_error: What to do about an image that cannot be read: "raise", or "skip" and count it.
+        channels_last: Whether images and weights lie in memory with the channels innermost.
         input_size: Channels, height and width that the model is fed; one channel: grey.
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel.
@@ -60,6 +63,9 @@ class ImageDataModule(LightningDataModule):
         val_split: str = "validation",
         class_map: str | dict[str, int] | None = None,
         options: dict[str, Any] | None = None,
+        labels: str | None = None,
+        on_error: str = "raise",
+        channels_last: bool = False,
         input_size: list[int] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
@@ -86,6 +92,8 @@ class ImageDataModule(LightningDataModule):
         self._normalise = Normalise((0.0,), (1.0,))
         self._erase: RandomErasing | None = None
         self._mix: Mixup | None = None
+        self.complaints = Complaints(on_error)
+        self._classes: int | None = None
         self._epoch = self._batches_done = 0
 
     def open(self, training: bool) -> None:
@@ -95,11 +103,16 @@ class ImageDataModule(LightningDataModule):
             ValueError: The data is not there, or its splits do not belong together.
         """
         s = self.settings
+        if s.name == "wds" and s.on_error == "raise":  # its reader cannot
+            raise ValueError(
+                "data.on_error=raise: data.name=wds leaves broken images out; set skip"
+            )
         parts = {"train": s.train_split, "val": s.val_split} if training else {"val": s.val_split}
         for part, split in parts.items():
             self.sources[part] = open_dataset(
-                s.name, s.root, split, part == "train", s.class_map, s.options
-            )
+                s.name, s.root, split, part == "train", s.class_map, s.options,
+                None if part == "train" else s.labels,
+            )  # fmt: skip
         if training:
             self._check_splits()
 
@@ -111,7 +124,7 @@ class ImageDataModule(LightningDataModule):
     @property
     def sizes(self) -> dict[str, int]:
         """Number of images in each opened split."""
-        return {part: len(source) for part, source in self.sources.items()}  # type: ignore[arg-type]
+        return {part: count(source) for part, source in self.sources.items()}
 
     def follow(self, model: nn.Module) -> None:
         """Take what is not given here from the model: image size, crop, normalisation, classes."""
@@ -123,6 +136,9 @@ class ImageDataModule(LightningDataModule):
         if self.config["interpolation"] not in (*INTERPOLATIONS, "random"):
             expected = f"expected one of {sorted(INTERPOLATIONS)}"
             raise ValueError(f"data.interpolation={self.config['interpolation']}: {expected}")
+        self._classes = getattr(model, "num_classes", None)
+        if self.settings.channels_last:
+            model.to(memory_format=torch.channels_last)
         augment = self.settings.augment or {}
         self._normalise = Normalise(self.config["mean"], self.config["std"])
         if probability := augment.get("re_prob", 0.0):
@@ -138,6 +154,8 @@ class ImageDataModule(LightningDataModule):
         augment = {**(self.settings.augment or {}), "is_training": True}
         data = self._transformed("train", **augment)
         seed = self.settings.seed
+        if isinstance(data, DecodedStream):
+            return self._stream(data, training=True)
         sampler = EpochSampler(data, seed, self.trainer.global_rank, self.trainer.world_size)
         sampler.set_epoch(self._epoch, self._batches_done * self.settings.batch_size)
         return self._loader(SeededDataset(data, seed), sampler, drop_last=True)
@@ -146,8 +164,10 @@ class ImageDataModule(LightningDataModule):
         """Batches of uint8 images and class indices; over all ranks each image comes once."""
         assert self.trainer is not None
         data = self._transformed("val")
-        share = range(self.trainer.global_rank, len(data), self.trainer.world_size)
-        return self._loader(data, share, drop_last=False)
+        if isinstance(data, DecodedStream):
+            return self._stream(data, training=False)
+        indices = range(self.trainer.global_rank, len(data), self.trainer.world_size)
+        return self._loader(data, indices, drop_last=False)
 
     def state_dict(self) -> dict[str, int]:
         """Where the run stands: the epoch to go on with, and how many of its batches are done."""
@@ -164,24 +184,36 @@ class ImageDataModule(LightningDataModule):
     def example(self) -> tuple[Tensor, NDArray[np.uint8]]:
         """The held-out image in the middle, as the model is fed and as uint8 [H, W(, 3)]."""
         data = self._transformed("val")
-        pixels = torch.as_tensor(data[len(data) // 2][0])
+        sample = next(iter(data)) if isinstance(data, DecodedStream) else data[len(data) // 2]
+        pixels = torch.as_tensor(sample[0])
         picture = pixels.permute(1, 2, 0).squeeze(-1).numpy()
         return self._normalise(pixels), picture
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Seed what follows in a training step: erasing, mixup, dropout."""
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Check the batch, and seed what follows in a training step: erasing, mixup, dropout.
+
+        Raises:
+            RunStopped: An image cannot be read, or a label is not one of the model's classes.
+        """
         assert self.trainer is not None
+        images, targets, errors = batch
+        self.complaints(errors)
+        self._check_labels(targets)
         if self.trainer.training:
             batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
             place = (self.trainer.current_epoch, batches, self.trainer.global_rank)
             seed_rngs(self.settings.seed, *place)
-        return batch
+        return images, targets
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalise; in training also erase and mix, targets to probabilities [B, classes]."""
         assert self.trainer is not None
         images, targets = batch
+        if not len(targets):  # none of them could be read
+            return images, targets
         images = self._normalise(images)
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         if self.trainer.training:
             if self._erase:
                 self._erase.device = images.device
@@ -190,11 +222,36 @@ class ImageDataModule(LightningDataModule):
                 images, targets = self._mix(images, targets)
         return images, targets
 
-    def _transformed(self, part: str, **augment: Any) -> "TransformedDataset":
+    def _check_labels(self, targets: Tensor) -> None:
+        classes = self._classes
+        if classes and len(targets) and not 0 <= targets.min() <= targets.max() < classes:
+            wrong = targets[(targets < 0) | (targets >= classes)][0]
+            raise RunStopped(
+                f"data.name={self.settings.name}: an image has label {wrong}, the model's classes "
+                f"are 0 to {classes - 1} (model.num_classes, data.class_map)"
+            )
+
+    def _transformed(self, part: str, **augment: Any) -> DecodedDataset | DecodedStream:
         # use_prefetcher: timm's transforms then end in uint8 tensors, as for its own loader.
         options = {**self.config, "use_prefetcher": True, **augment}
         mode = "L" if self.config["input_size"][0] == 1 else "RGB"
-        return TransformedDataset(self.sources[part], create_transform(**options), mode)
+        source, transform = self.sources[part], create_transform(**options)
+        if isinstance(source, IterableDataset):
+            return DecodedStream(source, transform, mode, self.settings.seed)
+        return DecodedDataset(source, transform, mode, training=part == "train")
+
+    def _stream(self, data: DecodedStream, training: bool) -> StreamLoader:
+        trainer, s = self.trainer, self.settings
+        assert trainer is not None
+        share(data.source, trainer.global_rank, trainer.world_size, training)
+        return StreamLoader(
+            data,
+            epoch=lambda: trainer.current_epoch,
+            batch_size=s.batch_size,
+            num_workers=s.num_workers,
+            skipped=self._batches_done if training else 0,
+            training=training,
+        )
 
     def _loader(self, data: Dataset[Any], sampler: Any, drop_last: bool) -> DataLoader[Batch]:
         workers = self.settings.num_workers
@@ -203,7 +260,7 @@ class ImageDataModule(LightningDataModule):
             batch_size=self.settings.batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            collate_fn=fast_collate,
+            collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -216,9 +273,9 @@ class ImageDataModule(LightningDataModule):
                 f"data.batch_size={s.batch_size}: there are {self.sizes['train']} training images"
             )
         splits = f"data.root={s.root}: the splits {s.train_split!r} and {s.val_split!r}"
-        if s.name == "folder" and train.reader.root == val.reader.root:  # type: ignore[attr-defined]
+        if s.name == "folder" and s.labels is None and train.reader.root == val.reader.root:  # type: ignore[attr-defined]
             raise ValueError(f"{splits} are the same folder; expected a folder for each")
-        if class_indices(train) != class_indices(val):
+        if s.labels is None and class_indices(train) != class_indices(val):
             ours, theirs = set(class_indices(train) or {}), set(class_indices(val) or {})
             raise ValueError(
                 f"{splits} have different classes, such as {sorted(ours ^ theirs)[:5]}"
@@ -242,29 +299,3 @@ class Normalise:
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return images.float().sub_(self.mean).div_(self.std)
-
-
-class TransformedDataset(Dataset[Any]):
-    """Applies a transform to the images of another data set.
-
-    Args:
-        source: Data set of (PIL image, class index).
-        transform: PIL image to tensor.
-        mode: PIL mode that the transform expects: "RGB" or "L" (grey).
-    """
-
-    def __init__(
-        self, source: Dataset[Any], transform: Callable[[Image], Tensor], mode: str
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.mode = mode
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, target = self.source[index]
-        if image.mode != self.mode:
-            image = image.convert(self.mode)
-        return self.transform(image), target
-
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]

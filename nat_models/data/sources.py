@@ -1,9 +1,11 @@
 """Opening a data set by name: small packaged ones, synthetic images, and all that timm opens."""
 
+import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData
 
@@ -11,9 +13,9 @@ from nat_models.data import small
 
 ClassMap = str | dict[str, int] | None
 
-# Prefixes of timm's readers that cannot be indexed.
-STREAMED = ("hfids", "tfds", "wds")
 SMALL = {"mnist5k": small.mnist5k, "digits": small.digits}
+UNSUPPORTED = ("hfids", "tfds")  # streams without a repeatable order
+EXTRA = {"hfds": "datasets", "wds": "webdataset"}  # packages of nat-models[data]
 
 
 def open_dataset(
@@ -23,38 +25,59 @@ def open_dataset(
     training: bool,
     class_map: ClassMap = None,
     options: dict[str, Any] | None = None,
+    labels: str | None = None,
 ) -> Dataset[Any]:
-    """Open one split of a data set of (PIL image, class index) pairs.
+    """Open one split of a data set of (image or its bytes, class index) pairs.
 
     Args:
-        name: "mnist5k", "digits", "fake" (synthetic), "folder" (one folder a class), or a name with
-            a prefix that `timm.data.create_dataset` knows, such as "hfds/..." or "torch/...".
-        root: Folder of the data; for "folder" it holds the class folders, or one folder of them for
-            each split.
-        split: Name of the split.
+        name: "mnist5k", "digits", "fake" (synthetic), "folder" (one folder a class), "tar" (the
+            same in tar files), "wds" (shards), or a name with a prefix that
+            `timm.data.create_dataset` knows: "torch/..." (torchvision) or "hfds/..." (datasets).
+        root: Folder of the data. For "folder" it holds the class folders, or one folder of them for
+            each split; for "tar" SPLIT.tar, or what lies in them unpacked; for "wds" the shards.
+        split: Name of the split; for "wds" it may be `NAME-{0000..0099}.tar|IMAGES`.
         training: Whether this is the part to train on, for the sets that have no named splits.
         class_map: For "folder": class index by folder name, or a file of folder names; default:
             sorted by name.
         options: Further arguments of the set's own reader.
+        labels: For a "folder" without class folders: file of lines `IMAGE CLASS`.
 
     Raises:
         ValueError: The data is not there; the message names the configuration key.
     """
     options = options or {}
+    prefix = name.partition("/")[0]
     if name in SMALL:
         return SMALL[name](training, **options)
     if name == "fake":
         # Other images for evaluation: each is drawn from its index plus the offset.
         fake: Dataset[Any] = FakeData(random_offset=0 if training else 10**6, **options)
         return fake
-    if name == "folder":
-        return _open_folder(root, split, training, class_map, options)
-    if "/" not in name:
-        known = [*SMALL, "fake", "folder"]
+    if name in ("folder", "tar", "wds"):
+        if root is None:
+            raise ValueError("data.root is not set: expected the folder of the images")
+        if not Path(root).is_dir():
+            raise ValueError(f"data.root={root}: expected a folder, there is none")
+    elif "/" not in name:
+        known = [*SMALL, "fake", "folder", "tar", "wds"]
         raise ValueError(f"data.name={name!r}: expected one of {known}, or timm's PREFIX/NAME")
-    if name.partition("/")[0] in STREAMED:
-        raise ValueError(f"data.name={name!r}: streamed data sets are not supported yet")
-    return _open_with_timm(name, root, split, training, class_map, options)
+    if prefix in UNSUPPORTED:
+        raise ValueError(f"data.name={name!r}: {prefix} is not supported, its order differs by run")
+    if name == "folder" and labels is not None:
+        flat = ImageDataset(root, reader=FlatReader(str(root), split, labels))
+        return _strict(flat)  # type: ignore[no-any-return]
+    try:
+        data = _open_with_timm(name, root, split, training, class_map, options)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"data.name={name}: needs {EXTRA.get(prefix, error.name)}; pip install "
+            "'nat-models[data]'"
+        ) from error
+    except (AssertionError, RuntimeError, OSError) as error:  # timm found nothing
+        raise ValueError(f"data.root={root}: {error}") from error
+    if name == "folder" and class_map is None:
+        _check_no_class_is_empty(Path(data.reader.root), class_indices(data) or {})
+    return data  # type: ignore[no-any-return]
 
 
 def num_classes(data: Dataset[Any]) -> int | None:
@@ -66,8 +89,64 @@ def num_classes(data: Dataset[Any]) -> int | None:
 
 def class_indices(data: Dataset[Any]) -> dict[str, int] | None:
     """Class index by name, None if the data set does not say."""
-    indices: dict[str, int] | None = getattr(getattr(data, "reader", data), "class_to_idx", None)
-    return indices
+    reader = getattr(data, "reader", data)
+    for name in ("class_to_idx", "class_name_to_idx"):
+        if indices := getattr(reader, name, None):
+            return dict(indices)
+    return None
+
+
+def count(data: Any) -> int:
+    """Number of images."""
+    images: int = getattr(getattr(data, "reader", None), "num_samples", None) or len(data)
+    return images
+
+
+class FlatReader(Reader):
+    """Images in one folder, with their classes in a file, as ImageNet's validation images come.
+
+    Args:
+        root: The folder, or the one above it.
+        split: Name of the folder.
+        labels: File of lines `IMAGE CLASS`, separated by blanks or a comma, more behind them is
+            left out, as is a header; a class is an index or a name. Named classes are numbered in
+            the order of their names.
+    """
+
+    def __init__(self, root: str, split: str, labels: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        if not Path(labels).is_file():
+            raise ValueError(f"data.labels={labels}: expected a file, there is none")
+        folders = [Path(root, name) for name in (split, "val", "validation")]
+        self.root = next((folder for folder in folders if folder.is_dir()), Path(root))
+        files = {path.stem: path for path in self.root.iterdir()}
+        pairs = []
+        for number, line in enumerate(Path(labels).read_text().splitlines()):
+            image, name, *_ = [*re.split(r"[\s,]+", line.strip()), ""]
+            if Path(image).stem in files:
+                pairs.append((files[Path(image).stem], name))
+            elif image and number:  # the first line may be a header
+                raise ValueError(f"data.labels={labels}: line {number + 1}: no image {image}")
+        if not pairs:
+            raise ValueError(f"data.labels={labels}: names no image of {self.root}")
+        names = sorted({name for _, name in pairs})
+        indices = {name: i for i, name in enumerate(names)}
+        if all(name.isdecimal() for name in names):
+            indices = {name: int(name) for name in names}
+        else:
+            self.class_to_idx = indices
+        self.samples = [(str(path), indices[name]) for path, name in pairs]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        return open(path, "rb"), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = Path(self.samples[index][0])
+        return path.name if basename or not absolute else str(path)
 
 
 def _open_with_timm(
@@ -77,26 +156,28 @@ def _open_with_timm(
     training: bool,
     class_map: ClassMap,
     options: dict[str, Any],
-) -> Dataset[Any]:
+) -> Any:
+    if name == "tar":
+        names = [split, "val"] if split == "validation" else [split]
+        tars = [Path(root or "", f"{name}.tar") for name in names]
+        root = str(next((tar for tar in tars if tar.is_file()), root))
+    if name == "wds":
+        options = {"is_training": training, **options}
     create: Any = create_dataset  # its annotations leave out a class map's file name
+    name = {"folder": "", "tar": "", "wds": "wds/"}.get(name, name)
     data: Any = create(name, root=root, split=split, class_map=class_map, **options)
-    if not training:  # an unreadable image must not be evaluated as its neighbor
-        data._max_retries = 1
-    return cast("Dataset[Any]", data)
+    return _strict(data)
 
 
-def _open_folder(
-    root: str | None,
-    split: str,
-    training: bool,
-    class_map: ClassMap,
-    options: dict[str, Any],
-) -> Dataset[Any]:
-    if root is None:
-        raise ValueError("data.root is not set: expected the folder of the images")
-    if not Path(root).is_dir():
-        raise ValueError(f"data.root={root}: expected a folder, there is none")
-    try:
-        return _open_with_timm("", root, split, training, class_map, options)
-    except RuntimeError as error:  # timm found no image
-        raise ValueError(f"data.root={root}: {error}") from error
+def _strict(data: Any) -> Any:
+    """Images are decoded by us, and none is given in place of a broken one."""
+    if isinstance(data, ImageDataset):
+        data.load_bytes, data._max_retries = True, 1
+    return data
+
+
+def _check_no_class_is_empty(root: Path, classes: dict[str, int]) -> None:
+    for folder in sorted(root.iterdir()):
+        empty = folder.is_dir() and folder.name not in classes
+        if empty and not any(inner.is_dir() for inner in folder.iterdir()):
+            raise ValueError(f"data.root: the class folder {folder} holds no image")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from nat_models.errors import RunStopped
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames: a crash or a full disk leaves the file before."""
@@ -17,7 +19,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            OSError: It could not be written; a file that was there before still is.
+            RunStopped: It could not be written; a file that was there before still is.
         """
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -30,7 +32,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise OSError(f"{path}: the checkpoint could not be written: {error}") from error
+            raise RunStopped(
+                f"{path}: the checkpoint could not be written: {error}. The one before it is "
+                "whole, if there was one: make room and continue from it"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ from nat_models.engine.folder import claim, resume_path, share_output_dir
 from nat_models.engine.module import Classifier
 from nat_models.engine.sharding import FSDP2
 from nat_models.engine.trained import TrainedRun
-from nat_models.errors import bad_input
+from nat_models.errors import bad_input, faults_of_the_machine
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> float:
         trainer = _trainer(cfg)
         _accumulate(trainer, cfg)
         claim(output, resuming=resumed is not None)
-    with log_to_file(output / "train.log"):
+    with log_to_file(output / "train.log"), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)
         trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         best = output / "best.ckpt"
@@ -115,7 +115,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         trainer = _trainer(cfg, logger=False)
     for name, value in facts.describe(trainer, module, data).items():
         _log.info("%-10s %s", name, value)
-    [metrics] = trainer.validate(module, data, verbose=False)
+    with faults_of_the_machine():
+        [metrics] = trainer.validate(module, data, verbose=False)
     _log.info("%s  %s", accuracy(metrics), cfg.ckpt or given["name"])
     return dict(metrics)
 

@@ -25,7 +25,7 @@ def test_every_choice_composes(compose, path):
         return
     cfg = compose("train", f"{path.parts[0]}={path.stem}")
     unset = OmegaConf.missing_keys(cfg)
-    assert unset <= {"data.root", "task.teacher.name"}
+    assert unset <= {"data.root", "data.name", "task.teacher.name"}
 
 
 def test_a_choice_on_the_command_line_goes_before_the_experiments(compose):

@@ -1,7 +1,7 @@
 import pytest
 from hydra.utils import instantiate
 
-from nat_models.errors import ConfigError, bad_input
+from nat_models.errors import ConfigError, RunStopped, bad_input, faults_of_the_machine
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, ModuleNotFoundError])
@@ -19,3 +19,10 @@ def test_hydras_wrapping_is_taken_off():
 def test_faults_of_the_program_pass():
     with pytest.raises(KeyError), bad_input():
         raise KeyError("x")
+
+
+def test_the_death_of_a_loading_process_is_told_from_other_errors():
+    with pytest.raises(RunStopped, match="died: .*Killed"), faults_of_the_machine():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match=r"^shape"), faults_of_the_machine():
+        raise RuntimeError("shape")

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,8 @@ from lightning import Trainer
 from torch import nn
 
 from nat_models.data import ImageDataModule
+from nat_models.data.images import decode
+from nat_models.errors import RunStopped
 
 
 def attached(data: ImageDataModule, model: nn.Module, training: bool = True, **trainer: Any) -> Any:
@@ -41,17 +44,17 @@ def test_evaluation_follows_the_models_pretrained_cfg(image_folder):
     data = attached(
         ImageDataModule("folder", str(image_folder)), model_of((3, 10, 10)), training=False
     )
-    images, targets = next(iter(data.val_dataloader()))
+    images, targets, errors = next(iter(data.val_dataloader()))
     assert images.dtype == torch.uint8
     assert images.shape == (6, 3, 10, 10)
     assert targets.tolist() == [0, 0, 1, 1, 2, 2]
-    normalised, _ = on_device(data, (images, targets))
+    normalised, _ = on_device(data, (images, targets, errors))
     torch.testing.assert_close(normalised, (images / 255 - 0.25) / 0.5)
     # crop_pct 0.5: the image's shorter side becomes 20, of which the middle 10 are kept
     transform = timm.data.create_transform(
         (3, 10, 10), crop_pct=0.5, interpolation="bicubic", mean=(0.25,) * 3, std=(0.5,) * 3
     )
-    torch.testing.assert_close(normalised[0], transform(data.sources["val"][0][0]))
+    torch.testing.assert_close(normalised[0], transform(decode(data.sources["val"][0][0], "RGB")))
 
 
 def test_own_arguments_go_before_the_models_and_one_channel_is_grey(image_folder):
@@ -91,10 +94,10 @@ def test_restored_loader_goes_on_where_the_state_says(image_folder):
     data = ImageDataModule("folder", str(image_folder), batch_size=4, augment={"no_aug": True})
     attached(data, model_of((3, 16, 16), classes=3))
     data.load_state_dict({"epoch": 1, "batches_done": 0})
-    epoch = [images for images, _ in data.train_dataloader()]
+    epoch = [images for images, *_ in data.train_dataloader()]
     data.load_state_dict({"epoch": 1, "batches_done": 2})
     loader = data.train_dataloader()
-    rest = [images for images, _ in loader]
+    rest = [images for images, *_ in loader]
     assert (len(rest), len(loader)) == (1, 3)
     assert torch.equal(rest[0], epoch[2])
 
@@ -116,7 +119,7 @@ def test_ranks_evaluate_every_image_once(image_folder):
     for rank in range(4):
         data = attached(ImageDataModule("folder", str(image_folder)), model_of((3, 16, 16)), False)
         data.trainer = SimpleNamespace(global_rank=rank, world_size=4)
-        seen += [image for images, _ in data.val_dataloader() for image in images]
+        seen += [image for images, *_ in data.val_dataloader() for image in images]
     assert len(seen) == 6
     assert len({image.numpy().tobytes() for image in seen}) == 6
 
@@ -148,3 +151,47 @@ def test_training_and_held_out_images_must_not_be_the_same_folder(image_folder):
     root = str(image_folder / "train")
     with pytest.raises(ValueError, match=rf"data\.root={root}: .*'train' and 'validation'.*same"):
         ImageDataModule("folder", root, batch_size=2).open(training=True)
+
+
+def broken(folder: Path) -> Path:
+    path = folder / "val" / "cat" / "1.png"
+    path.write_bytes(path.read_bytes()[:500])
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_an_evaluation_with_its_name(image_folder, workers):
+    path = broken(image_folder)
+    data = ImageDataModule("folder", str(image_folder), num_workers=workers)
+    attached(data, model_of((3, 16, 16)), training=False)
+    [batch] = data.val_dataloader()
+    with pytest.raises(RunStopped, match=rf"^{path}: .*truncated.*data\.on_error=skip"):
+        on_device(data, batch)
+
+
+def test_a_broken_image_is_left_out_and_counted(image_folder):
+    broken(image_folder)
+    data = ImageDataModule("folder", str(image_folder), batch_size=1, on_error="skip")
+    attached(data, model_of((3, 16, 16)), training=False)
+    targets = [on_device(data, batch)[1].tolist() for batch in data.val_dataloader()]
+    assert targets == [[0], [], [1], [1], [2], [2]]
+    assert data.complaints.count == 1
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_out_of_range_is_named(image_folder, label):
+    data = ImageDataModule("folder", str(image_folder))
+    attached(data, model_of((3, 16, 16), classes=3), training=False)
+    batch = (torch.zeros(2, 3, 16, 16), torch.tensor([0, label]), [])
+    with pytest.raises(RunStopped, match=rf"label {label}, the model's classes are 0 to 2"):
+        data.on_before_batch_transfer(batch, 0)
+
+
+def test_images_and_weights_can_lie_with_their_channels_innermost(image_folder):
+    data = ImageDataModule("folder", str(image_folder), channels_last=True)
+    model = nn.Conv2d(3, 4, 3)
+    model.pretrained_cfg, model.num_classes = {"input_size": (3, 16, 16)}, 4
+    attached(data, model, training=False)
+    images, _ = on_device(data, next(iter(data.val_dataloader())))
+    for tensor in (images, model.weight):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)

@@ -1,3 +1,8 @@
+import io
+import struct
+import tarfile
+
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -10,8 +15,8 @@ def test_folder_finds_its_splits_and_classes(image_folder):
     assert (len(train), len(val)) == (12, 6)
     assert class_indices(train) == {"cat": 0, "dog": 1, "newt": 2}
     assert num_classes(val) == 3
-    image, label = val[5]
-    assert (image.size, image.mode, label) == ((40, 30), "RGB", 2)
+    encoded, label = val[5]
+    assert (Image.open(io.BytesIO(encoded)).size, label) == ((40, 30), 2)
 
 
 def test_class_map_keeps_the_numbers_of_a_larger_set(image_folder):
@@ -37,7 +42,7 @@ def test_fake_images_differ_between_splits():
         (
             "mnist",
             None,
-            r"data\.name='mnist': expected one of \['mnist5k', 'digits', 'fake', 'folder'\]",
+            r"data\.name='mnist': expected one of \['mnist5k', .* 'folder', 'tar', 'wds'\]",
         ),
     ],
 )
@@ -51,14 +56,94 @@ def test_folder_without_images_is_named(tmp_path):
         open_dataset("folder", str(tmp_path), "train", training=True)
 
 
-def test_evaluation_does_not_replace_an_unreadable_image(tmp_path):
-    for label in ("a", "b"):
-        folder = tmp_path / "val" / label
-        folder.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(folder / "1.png")
-    (tmp_path / "val" / "a" / "0.png").touch()
-    data = open_dataset("folder", str(tmp_path), "val", training=False)
-    assert len(data) == 3
-    with pytest.raises(RuntimeError, match="Failed to load"):
-        data[0]
-    assert open_dataset("folder", str(tmp_path), "val", training=True)[0][1] == 0
+def test_an_empty_class_folder_is_named(image_folder):
+    (image_folder / "train" / "emu").mkdir()
+    with pytest.raises(ValueError, match=r"the class folder .*train/emu holds no image"):
+        open_dataset("folder", str(image_folder), "train", training=True)
+    chosen = {"cat": 0, "dog": 1}
+    data = open_dataset("folder", str(image_folder), "train", training=True, class_map=chosen)
+    assert len(data) == 8
+
+
+@pytest.mark.parametrize("header", ["", "ImageId,PredictionString\n"], ids=["plain", "header"])
+def test_a_flat_folder_has_its_classes_in_a_file(image_folder, header):
+    flat = image_folder / "flat"
+    (flat / "val").mkdir(parents=True)
+    lines = []
+    for path in (image_folder / "val").glob("*/*.png"):
+        path.rename(flat / "val" / f"{path.parent.name}{path.name}")
+        name = f"{path.parent.name}{path.stem}" if header else f"{path.parent.name}{path.name}"
+        lines.append(
+            f"{name},{path.parent.name} 1 2 3 4" if header else f"{name} {path.parent.name}"
+        )
+    labels = image_folder / "labels.txt"
+    labels.write_text(header + "\n".join(lines) + "\n")
+    data = open_dataset("folder", str(flat), "validation", False, labels=str(labels))
+    assert class_indices(data) == {"cat": 0, "dog": 1, "newt": 2}
+    found = {data.filename(i): data[i][1] for i in range(len(data))}
+    assert found == {f"{n}{i}.png": k for k, n in enumerate(("cat", "dog", "newt")) for i in (0, 1)}
+    assert isinstance(data[0][0], bytes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"data\.labels=.*x\.txt: expected a file"),
+        ("", r"data\.labels=.*x\.txt: names no image of"),
+        ("0.png 1\n7.png 1\n", r"data\.labels=.*x\.txt: line 2: no image 7\.png"),
+    ],
+    ids=["missing", "empty", "unknown"],
+)
+def test_a_bad_file_of_labels_is_named(image_folder, tmp_path, content, message):
+    labels = tmp_path / "x.txt"
+    if content is not None:
+        labels.write_text(content)
+    root = str(image_folder / "val" / "cat")
+    with pytest.raises(ValueError, match=message):
+        open_dataset("folder", root, "val", False, labels=str(labels))
+
+
+def test_tar_files_of_folders_and_of_tars(image_folder):
+    with tarfile.open(image_folder / "train.tar", "w") as tar:  # as ImageNet's: a tar a class
+        for folder in sorted((image_folder / "train").iterdir()):
+            inner = image_folder / f"{folder.name}.tar"
+            with tarfile.open(inner, "w") as packed:
+                for path in folder.iterdir():
+                    packed.add(path, path.name)
+            tar.add(inner, inner.name)
+            inner.unlink()
+    with tarfile.open(image_folder / "val.tar", "w") as tar:
+        tar.add(image_folder / "val", "val")
+    for split, images in (("train", 12), ("validation", 6)):
+        data = open_dataset("tar", str(image_folder), split, training=split == "train")
+        assert len(data) == images
+        assert class_indices(data) == {"cat": 0, "dog": 1, "newt": 2}
+        encoded, label = data[images - 1]
+        assert (Image.open(io.BytesIO(encoded)).size, label) == ((40, 30), 2)
+
+
+def test_torchvisions_sets(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", 5), ("t10k", 3)):
+        pixels = np.zeros((n, 28, 28), np.uint8)
+        header = struct.pack(">IIII", 0x803, n, 28, 28)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = struct.pack(">II", 0x801, n)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + bytes(range(n)))
+    train = open_dataset("torch/mnist", str(tmp_path), "train", training=True)
+    val = open_dataset("torch/mnist", str(tmp_path), "validation", training=False)
+    assert (len(train), len(val), val[2][1], num_classes(train)) == (5, 3, 2, 10)
+
+
+def test_hugging_faces_sets(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="comes with nat-models[data]")
+    columns = {"image": [Image.new("L", (8, 6), i) for i in range(4)], "label": [0, 1, 1, 0]}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    (tmp_path / "set").mkdir()
+    made.to_parquet(tmp_path / "set" / "train.parquet")
+    data = open_dataset(f"hfds/{tmp_path}/set", str(tmp_path / "cache"), "train", training=True)
+    assert class_indices(data) == {"a": 0, "b": 1}
+    encoded, label = data[2]
+    assert (Image.open(io.BytesIO(encoded)).size, label) == ((8, 6), 1)

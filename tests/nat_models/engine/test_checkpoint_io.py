@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nat_models.engine.checkpoint_io import AtomicCheckpointIO
+from nat_models.errors import RunStopped
 
 
 def test_round_trip_makes_folders_and_leaves_nothing_else(tmp_path):
@@ -28,7 +29,7 @@ def test_full_disk_keeps_the_file_before(tmp_path, monkeypatch):
         )  # torch's report of a full disk
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=rf"{path}: the checkpoint could not be written"):
+    with pytest.raises(RunStopped, match=rf"{path}: the checkpoint could not be written"):
         AtomicCheckpointIO().save_checkpoint({"n": 2}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"n": 1}
     assert os.listdir(tmp_path) == ["last.ckpt"]

@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory) -> Path:
         (["data.interpolation=foo"], r"data\.interpolation=foo: expected one of .*bicubic"),
         (["data.input_size=32"], r"data\.input_size=32: expected \[channels, height, width\]"),
         (["data.input_size=[1,32,32]"], r"data\.input_size=\[1, 32, 32\]: the model takes 3"),
-        (["data.name=wds/x"], r"data\.name='wds/x': streamed data sets are not supported"),
+        (["data.name=tfds/x"], r"data\.name='tfds/x': tfds is not supported"),
         (["model.pretrained=true"], r"model\.pretrained=true: no weights for test_vit"),
         (["seed=-1"], r"seed=-1: expected an integer from 0"),
         (["global_batch_size=6"], r"global_batch_size=6: expected a multiple of 4.*batch_size=4"),

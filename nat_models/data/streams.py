@@ -1,0 +1,81 @@
+"""Data sets that are read as a stream of shards (WebDataset), in an order that can be repeated."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch import Generator
+from torch.utils.data import DataLoader
+
+from nat_models.data.images import DecodedStream, collate
+
+
+def share(source: Any, rank: int, world_size: int, training: bool) -> None:
+    """Give a process its part of the shards.
+
+    In training all parts are made equally long, as steps are taken together; in evaluation every
+    sample comes once, so the parts may differ.
+
+    Args:
+        source: timm's data set over shards.
+        rank: This process's number.
+        world_size: Number of processes.
+        training: Which of the two.
+    """
+    reader, shards = source.reader, source.reader.split_info.filenames
+    if len(shards) < world_size:
+        raise ValueError(f"data.root={reader.root}: {len(shards)} shards, {world_size} processes")
+    if training:
+        reader.dist_rank, reader.dist_num_replicas = rank, world_size
+    else:
+        reader.split_info.filenames = shards[rank::world_size]
+
+
+class StreamLoader(DataLoader[Any]):
+    """Batches of a stream. Order and augmentation depend on the seed, the epoch and the workers.
+
+    Args:
+        data: The stream.
+        epoch: Tells the epoch that is about to begin.
+        batch_size: Images a batch.
+        num_workers: Processes that load.
+        skipped: Batches that the first iteration leaves out.
+        training: Whether only whole batches are given.
+    """
+
+    def __init__(
+        self,
+        data: DecodedStream,
+        epoch: Callable[[], int],
+        batch_size: int,
+        num_workers: int,
+        skipped: int,
+        training: bool,
+    ) -> None:
+        super().__init__(
+            data,
+            batch_size=batch_size,
+            num_workers=min(num_workers, len(data.source.reader.split_info.filenames)),
+            drop_last=training,
+            collate_fn=collate,
+            generator=Generator(),
+        )
+        self.stream = data
+        self.epoch = epoch
+        self.skipped = skipped
+        self.training = training
+        data.source.set_loader_cfg(num_workers=self.num_workers)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch, reader = self.epoch(), self.stream.source.reader
+        reader.ds, reader.worker_info = None, None  # its shuffling begins anew
+        self.stream.source.set_epoch(epoch)
+        self.stream.epoch = epoch
+        self.generator.manual_seed(self.stream.seed + epoch)
+        first, self.skipped = self.skipped, 0
+        return islice(super().__iter__(), first, None)
+
+    def __len__(self) -> int:
+        if not self.training:
+            raise TypeError("how many batches of evaluation there are shows at their end")
+        return super().__len__()

@@ -1,0 +1,97 @@
+import io
+import tarfile
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from nat_models.data import ImageDataModule
+
+pytest.importorskip("webdataset", reason="comes with nat-models[data]")
+SHARDS = "part-{0000..0003}.tar"  # of five images each, whose class is their number
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"part-{shard:04}.tar", "w") as tar:
+            for i in range(5):
+                label = 5 * shard + i
+                file = io.BytesIO()
+                Image.fromarray(np.full((9, 9, 3), 10 * label, np.uint8)).save(file, "PNG")
+                for name, content in (("png", file.getvalue()), ("cls", str(label).encode())):
+                    info = tarfile.TarInfo(f"{label:04}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return tmp_path
+
+
+def opened(root, epoch: int = 0, rank: int = 0, world_size: int = 1, **options) -> ImageDataModule:
+    data = ImageDataModule(
+        "wds", str(root), f"{SHARDS}|20", f"{SHARDS}|20", batch_size=5, on_error="skip",
+        augment={"scale": [0.2, 1.0], "color_jitter": 0.4}, **options,
+    )  # fmt: skip
+    data.open(training=True)
+    model = nn.Identity()
+    model.pretrained_cfg, model.num_classes = {"input_size": (3, 8, 8)}, 20
+    data.follow(model)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch)
+    return data
+
+
+def labels(batches) -> list[int]:
+    return list(chain.from_iterable(targets.tolist() for _, targets, _ in batches))
+
+
+def test_sizes_are_known(shards):
+    data = opened(shards)
+    assert (data.sizes, data.num_classes) == ({"train": 20, "val": 20}, None)
+    assert len(data.train_dataloader()) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_repeats_and_goes_on_where_the_state_says(shards, workers):
+    def batches(epoch: int, done: int = 0):
+        data = opened(shards, epoch, num_workers=workers)
+        data.load_state_dict({"epoch": epoch, "batches_done": done})
+        return list(data.train_dataloader())
+
+    whole = batches(1)
+    assert len(labels(whole)) == 20
+    for (images, targets, _), (again, same, _) in zip(whole, batches(1), strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(targets, same)
+    rest = batches(1, done=3)
+    assert len(rest) == 1
+    assert torch.equal(rest[0][0], whole[3][0])
+    assert labels(batches(2)) != labels(whole)
+
+
+def test_one_loader_orders_each_epoch_as_a_new_one_would(shards):
+    data = opened(shards, 0)
+    loader = data.train_dataloader()
+    list(loader)
+    data.trainer.current_epoch = 1
+    assert labels(loader) == labels(opened(shards, 1).train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_evaluate_every_image_once(shards, workers):
+    seen = []
+    for rank in range(3):
+        seen += labels(opened(shards, 0, rank, 3, num_workers=workers).val_dataloader())
+    assert sorted(seen) == list(range(20))
+
+
+def test_too_few_shards_are_named(shards):
+    with pytest.raises(ValueError, match=r"data\.root=.*: 4 shards, 5 processes"):
+        opened(shards, 0, 0, 5).train_dataloader()
+
+
+def test_broken_images_of_shards_cannot_be_raised(shards):
+    with pytest.raises(ValueError, match=r"data\.on_error=raise: .*wds"):
+        ImageDataModule("wds", str(shards), f"{SHARDS}|20", f"{SHARDS}|20").open(training=False)
