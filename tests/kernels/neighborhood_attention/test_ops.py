@@ -253,20 +253,20 @@ def test_a_traced_function_calls_the_operator():
 
 
 DDP = """
-import os, sys, torch, torch.distributed as dist
+import copy, sys, torch, torch.distributed as dist
 from neighborhood_attention import NeighborhoodAttention2D
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 module = NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+alone = copy.deepcopy(module)
 x = torch.randn(4, 5, 6, 8)
-torch.nn.parallel.DistributedDataParallel(module)(x[2 * rank:][:2]).square().mean().backward()
-shared = {name: p.grad.clone() for name, p in module.named_parameters()}
-module.zero_grad()
-module(x).square().mean().backward()
-for name, p in module.named_parameters():
-    torch.testing.assert_close(shared[name], p.grad)
+parallel = torch.nn.parallel.DistributedDataParallel(module)
+parallel(x[2 * rank:][:2]).square().mean().backward()
+alone(x).square().mean().backward()
+for shared, whole in zip(module.parameters(), alone.parameters(), strict=True):
+    torch.testing.assert_close(shared.grad, whole.grad)
 dist.destroy_process_group()
 """
 
