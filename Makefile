@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 TEST := -m pytest $(ARGS)
 
-.PHONY: help train bench verify-weights test test-gpu lint fix type wheel
+.PHONY: help train bench verify-weights test test-timm test-gpu lint fix type wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ verify-weights: $(INSTALLED)  ## download and check every published file: make v
 test: $(INSTALLED)  ## run every test that needs no GPU
 	$(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal -m interpreter tests/kernels
+
+test-timm: $(INSTALLED)  ## run timm's own model tests, downloaded, on ours: make test-timm ARGS="nat_mini dinat_s_*"
+	$(BIN)/python tests/timm_suite.py $(ARGS)
 
 test-gpu: export PYTHONPATH := .:kernels:$(PYTHONPATH)
 test-gpu:  ## run the GPU's tests with $(PYTHON) and its own packages
