@@ -5,8 +5,8 @@ Example:
     >>> model = nat_models.create_model("nat_tiny", num_classes=10)
 """
 
-import timm
 from timm import create_model
+from timm import list_models as list_timm_models
 
 import neighborhood_attention.flops  # noqa: F401 (registers the operators' FLOP counts)
 from nat_models import models
@@ -25,4 +25,4 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     Returns:
         Sorted names, ready for `create_model`.
     """
-    return timm.list_models(filter, module=models.__all__, pretrained=pretrained)
+    return list_timm_models(filter, module=models.__all__, pretrained=pretrained)

@@ -59,7 +59,7 @@ def convert(
         found = layout_of(without_prefix(given))
         ours = to_ours(given)
         if model_name is None:
-            model_name = _only_model(source, given, ours)
+            model_name = guess_model(source, given, ours)
         elif problems := _problems(ours, model_name):
             raise ValueError(f"does not fit {model_name}:{shown(problems)}")
         converted = to_layout(ours, layout, model_name)
@@ -70,8 +70,17 @@ def convert(
     return model_name, found
 
 
-def _only_model(source: Path, given: StateDict, ours: StateDict) -> str:
-    """The model that a checkpoint is of, or ValueError."""
+def guess_model(source: Path, given: StateDict, ours: StateDict) -> str:
+    """The model that a checkpoint is of, whatever its classes and the image's channels.
+
+    Args:
+        source: The file, whose name and header may tell models of the same shapes apart.
+        given: Its tensors.
+        ours: The same in this package's layout.
+
+    Raises:
+        ValueError: It fits no model, or several.
+    """
     problems = {name: _problems(ours, name) for name in nat_models.list_models()}
     names = [name for name in problems if not problems[name]]
     if not names:
@@ -104,22 +113,26 @@ def _hints(source: Path, given: StateDict, ours: StateDict) -> list[Callable[[st
 
 def _problems(ours: StateDict, model_name: str) -> list[str]:
     """What of a state dict does not fit a model, whatever its classes and the image's channels."""
-    head = ours.get("head.fc.weight")
-    stem = ours.get("patch_embed.proj.weight", ours.get("patch_embed.proj.0.weight"))
-    classes = 0 if head is None else len(head)
-    wanted = _weights(model_name, classes, in_chans=None if stem is None else stem.shape[1])
-    if head is None:  # a detector's backbone
-        wanted = {key: value for key, value in wanted.items() if not key.startswith("norm.")}
+    wanted = dict(_weights(model_name))
+    stem = next(iter(wanted))
+    if stem in ours and ours[stem].ndim == 4:  # the first convolution
+        filters, _, *kernel = wanted[stem].shape
+        wanted[stem] = torch.empty(filters, ours[stem].shape[1], *kernel, device="meta")
+    if "head.fc.weight" in ours:
+        classes, width = len(ours["head.fc.weight"]), len(wanted["norm.weight"])
+        wanted["head.fc.weight"] = torch.empty(classes, width, device="meta")
+        wanted["head.fc.bias"] = torch.empty(classes, device="meta")
+    elif "norm.weight" not in ours:  # a detector's backbone
+        del wanted["norm.weight"], wanted["norm.bias"]
     return mismatches({k: v for k, v in ours.items() if not k.startswith("stage_norms.")}, wanted)
 
 
 @cache
-def _weights(model_name: str, num_classes: int, in_chans: int | None) -> StateDict:
-    """The state dict of a model, without memory."""
+def _weights(model_name: str) -> StateDict:
+    """The state dict of a model without a classifier, and without memory."""
     if model_name not in nat_models.list_models():
         raise ValueError(f"{model_name} is none of {', '.join(nat_models.list_models())}")
-    model = timm.create_model(model_name, num_classes=num_classes, in_chans=in_chans, device="meta")
-    weights: StateDict = model.state_dict()
+    weights: StateDict = timm.create_model(model_name, num_classes=0, device="meta").state_dict()
     return weights
 
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from nat_models import convert as convert_module
-from nat_models.checkpoints import CheckpointError, read_checkpoint
-from nat_models.convert import convert
+from nat_models.checkpoints import CheckpointError, read_checkpoint, to_ours
+from nat_models.convert import convert, guess_model
 
 
 @pytest.fixture
@@ -74,6 +75,14 @@ def test_model_is_told_by_the_published_name_and_else_asked_for(official_file, t
 
 
 @pytest.mark.slow
+def test_classes_tell_models_of_the_same_shapes_apart(official_shapes):
+    for name in ("dinat_large_21k", "dinat_s_large_21k"):
+        shapes = {**official_shapes(name), "head.weight": [21841, 1536], "head.bias": [21841]}
+        given = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        assert guess_model(Path("weights.pth"), given, to_ours(given)) == name
+
+
+@pytest.mark.slow
 def test_classes_channels_and_detectors_do_not_hide_the_model(official_file, tmp_path):
     def changed(weights):
         weights["head.weight"], weights["head.bias"] = torch.rand(7, 768), torch.rand(7)
@@ -84,9 +93,14 @@ def test_classes_channels_and_detectors_do_not_hide_the_model(official_file, tmp
         kept = {k: v for k, v in weights.items() if not k.startswith(("norm.", "head."))}
         return {f"backbone.{key}": v for key, v in {**kept, "norm0.bias": torch.rand(96)}.items()}
 
+    def headless(weights):
+        return {k: v for k, v in weights.items() if not k.startswith("head.")}
+
     target = tmp_path / "ours.safetensors"
     assert convert(official_file("dinat_s_tiny", change=changed), target)[0] == "dinat_s_tiny"
     assert read_checkpoint(target)["head.fc.bias"].shape == (7,)
+    convert(official_file("dinat_s_tiny", change=headless), target, model_name="dinat_s_tiny")
+    assert read_checkpoint(target)["norm.bias"].shape == (768,)
     convert(official_file("dinat_s_tiny", change=in_detector), target, model_name="dinat_s_tiny")
     assert read_checkpoint(target)["stage_norms.0.bias"].shape == (96,)
 

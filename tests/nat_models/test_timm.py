@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import nat_models
 from nat_models.timm import main
 
 REPO = Path(__file__).parents[2]
@@ -38,3 +39,7 @@ def test_missing_script_is_named(tmp_path):
         main([str(tmp_path / "validate")])
     with pytest.raises(SystemExit, match=r"^usage: "):
         main([])
+
+
+def test_the_package_goes_on_to_list_its_models():
+    assert nat_models.list_models("nat_t*") == ["nat_tiny"]  # although its `timm` is this module
