@@ -33,6 +33,9 @@ test: $(INSTALLED)  ## run every test that needs no GPU
 test-timm: $(INSTALLED)  ## run timm's own model tests, downloaded, on ours: make test-timm ARGS="nat_mini dinat_s_*"
 	$(BIN)/python tests/timm_suite.py $(ARGS)
 
+fuzz: $(INSTALLED)  ## thousands of random attention problems against the definition, other ones each time
+	$(BIN)/python $(TEST) -n auto --maxprocesses 8 --hypothesis-profile=fuzz -k random_problems tests/kernels
+
 test-gpu: export PYTHONPATH := .:kernels:$(PYTHONPATH)
 test-gpu:  ## run the GPU's tests with $(PYTHON) and its own packages
 	$(PYTHON) $(TEST) -m "" tests/kernels

@@ -14,6 +14,9 @@ import torch
 
 # A deadline fails at random on a busy machine; fixed examples make a failure repeatable.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "fuzz", deadline=None, derandomize=False, max_examples=3000, print_blob=True
+)
 hypothesis.settings.load_profile("repeatable")
 
 # tests/kernels needs torch alone; a GPU machine may hold nothing more.

@@ -3,21 +3,35 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import Case, check, inputs, run
+from oracle import Case, check, inputs, random_gradients, random_tensors, results, run
 
-from neighborhood_attention import list_backends, na2d, na2d_qkvpacked, resolve_backend
+from neighborhood_attention import list_backends, na1d, na2d, na2d_qkvpacked, resolve_backend
+
+GROUPED = Case(
+    (3, 6), (3, 2), dilation=(1, 2), batch=1, heads=2, head_dim=12, key_heads=1, value_dim=9,
+    additional=3,
+)  # fmt: skip
 
 
 def grads_of(case, device):
-    shape = (case.batch, *case.spatial, case.heads)
-    return torch.randn(*shape, case.head_dim, device=device), torch.randn(shape, device=device)
+    return random_gradients(case, torch.float32, device)
+
+
+def three(case, **options):
+    """`na2d` of the case's tensors alone."""
+    return partial(na2d, **case.settings, return_lse=True, **options)
 
 
 def assert_equal(actual, expected):
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        actual, expected = actual.values(), expected.values()
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -74,6 +88,15 @@ def test_an_empty_batch_gives_empty_results(backend, device):
     assert torch.equal(grad_rpb, torch.zeros_like(rpb))
 
 
+def test_an_empty_batch_has_a_gradient_for_everything(backend, device):
+    case = replace(GROUPED, batch=0)
+    tensors = random_tensors(case.shapes(), torch.float32, device)
+    found = results(three(case, backend=backend), tensors, grads_of(case, device))
+    assert found["output"].shape == (0, 3, 6, 2, 9)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[f"grad_{name}"], torch.zeros_like(tensor))
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -117,6 +140,19 @@ def test_any_strides_are_served(backend, device):
     )
 
 
+def test_any_strides_of_every_tensor_are_served(backend, device):
+    tensors = random_tensors(GROUPED.shapes(), torch.float32, device)
+    grads = grads_of(GROUPED, device)
+    # The last axis is not the contiguous one, in any of them.
+    turned = [
+        [x.transpose(-1, 1).contiguous().transpose(-1, 1) for x in group]
+        for group in (tensors.values(), grads)
+    ]
+    function = three(GROUPED, backend=backend)
+    found = results(function, dict(zip(tensors, turned[0], strict=True)), turned[1])
+    torch.testing.assert_close(found, results(function, tensors, grads))
+
+
 def test_an_expanded_gradient_is_served(backend, device):
     case = Case((4, 5), (3, 3), batch=1, heads=1, head_dim=8)
     qkv, rpb = inputs(case, torch.float32, device)
@@ -139,6 +175,21 @@ def test_nothing_around_the_views_is_read_into_a_result(backend, device):
     assert_equal(run(na2d_qkvpacked, case, inside, rpb, *grads, backend=backend), plain)
 
 
+def test_nothing_around_any_tensor_is_read_into_a_result(backend, device):
+    def surrounded(tensor):
+        large = torch.full([n + 2 for n in tensor.shape], torch.nan, device=device)
+        return large[(slice(1, -1),) * tensor.dim()].copy_(tensor)
+
+    tensors = random_tensors(GROUPED.shapes(), torch.float32, device)
+    grads = grads_of(GROUPED, device)
+    function = three(GROUPED, backend=backend)
+    poisoned = {name: surrounded(tensor) for name, tensor in tensors.items()}
+    assert_equal(
+        results(function, poisoned, list(map(surrounded, grads))),
+        results(function, tensors, grads),
+    )
+
+
 # With the second, products of a query (or a gradient) with what lies outside its window overflow.
 @pytest.mark.parametrize("huge", [1e4, 3e37])
 def test_what_lies_outside_a_window_changes_nothing(huge, backend, device):
@@ -159,6 +210,40 @@ def test_what_lies_outside_a_window_changes_nothing(huge, backend, device):
         results.append((output[:, :, :6], grad[:, :, :6], grad[:, :, 7:]))
     assert_equal(results[1][:2], results[0][:2])
     assert not results[1][2].any()
+
+
+@pytest.mark.parametrize("huge", [1e4, 3e37])
+def test_what_lies_outside_a_window_changes_nothing_with_grouped_heads(huge, backend, device):
+    case = Case((20,), (3,), batch=1, head_dim=8, key_heads=1, value_dim=12, additional=2)
+    tensors = random_tensors(case.shapes(), torch.float32, device)
+    grad_output, _ = grads_of(case, device)
+    # The queries up to 15 see keys up to 16; the others have no influence.
+    tensors["query"][:, 16:] = grad_output[:, 16:] = 0
+    loud = {name: tensor.clone() for name, tensor in tensors.items()}
+    loud["key"][:, 17:] = 10 * huge * tensors["query"][:, 15:16, :1].sign()
+    loud["value"][:, 17:] = huge
+    found = []
+    for leaves in (tensors, loud):
+        leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
+        output = na1d(**leaves, **case.settings, backend=backend)
+        names = [name for name in leaves if name != "rpb"]  # its sums go over all queries
+        grads = torch.autograd.grad(output, [leaves[name] for name in names], grad_output)
+        found.append((output[:, :16], dict(zip(names, grads, strict=True))))
+    (quiet_output, quiet), (loud_output, noisy) = found
+    assert torch.equal(loud_output, quiet_output)
+    for name in ("query", "key", "value"):
+        assert torch.equal(noisy[name][:, :16], quiet[name][:, :16])
+    for name in ("additional_keys", "additional_values"):
+        assert torch.equal(noisy[name], quiet[name])
+    assert not noisy["key"][:, 17:].any()
+    assert not noisy["value"][:, 17:].any()
+
+
+def test_equal_inputs_give_equal_bits_in_every_gradient(backend, device):
+    tensors = random_tensors(GROUPED.shapes(), torch.float32, device)
+    grads = grads_of(GROUPED, device)
+    first, second = (results(three(GROUPED, backend=backend), tensors, grads) for _ in range(2))
+    assert_equal(first, second)
 
 
 def test_equal_inputs_give_equal_bits(backend, device):
