@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from neighborhood_attention import (
+    merge_attentions,
     na1d,
     na1d_qkvpacked,
     na2d,
@@ -158,6 +159,17 @@ def test_one_and_three_axes_name_their_layout(three, packed, layout):
         packed(two, 3)
 
 
+def test_additional_keys_are_one_more_set_of_keys(device):
+    tensors = torch.randn(3, 2, 5, 4, 2, 8, dtype=torch.float64, device=device)
+    keys, values = torch.randn(2, 2, 6, 2, 8, dtype=torch.float64, device=device)
+    whole = na2d(*tensors, 3, additional_keys=keys, additional_values=values, return_lse=True)
+    window = na2d(*tensors, 3, return_lse=True)
+    dense = torch.einsum("bhwnd,bsnd->bhwns", tensors[0] * 8**-0.5, keys)
+    others = torch.einsum("bhwns,bsnd->bhwnd", dense.softmax(-1), values), dense.logsumexp(-1)
+    for a, b in zip(whole, merge_attentions(*zip(window, others, strict=True)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_log_sum_exp_is_returned_on_request_alone(device):
     qkv = torch.randn(1, 4, 4, 3, 1, 8, device=device)
     output, lse = na2d_qkvpacked(qkv, 3, return_lse=True, backend="reference")
@@ -180,6 +192,18 @@ def test_autocast_casts_query_key_and_value_and_leaves_the_bias(dtype):
         # To the bit: autocast must not reach the scores, which are computed in fp32.
         assert torch.equal(output, expected)
         assert torch.equal(grad, expected_grad)
+
+
+def test_autocast_casts_additional_keys_and_values():
+    tensors = [torch.randn(1, 4, 5, 2, 8), torch.randn(1, 3, 2, 8)]
+    results = []
+    for tensor, more in (tensors, [t.bfloat16() for t in tensors]):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(
+                na2d(tensor, tensor, tensor, 3, additional_keys=more, additional_values=more)
+            )
+    assert results[0].dtype == torch.bfloat16
+    assert torch.equal(*results)
 
 
 def test_autocast_leaves_fp64():

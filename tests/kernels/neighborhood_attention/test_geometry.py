@@ -3,6 +3,7 @@ import itertools
 from oracle import axis_window
 
 from neighborhood_attention.geometry import (
+    Neighborhood,
     attending_end,
     attending_start,
     bias_index,
@@ -55,3 +56,13 @@ def test_group_length_counts_the_tokens_of_a_group():
     for length, dilation in itertools.product(range(1, 12), range(1, 5)):
         for group in range(min(length, dilation)):
             assert group_length(group, length, dilation) == len(range(group, length, dilation))
+
+
+def test_a_window_is_made_again_from_its_flat_list():
+    window = Neighborhood((3, 5, 2), (1, 4, 2), (2, 1, 3), (True, False, True))
+    assert window.flat == (3, 5, 2, 1, 4, 2, 2, 1, 3, 1, 0, 1)
+    again = Neighborhood.from_flat(window.flat)
+    assert again == window
+    assert again.is_causal == (True, False, True)
+    assert (window.dims, window.size, window.extent) == (3, 30, (6, 5, 6))
+    assert window.bias_shape == (5, 9, 3)

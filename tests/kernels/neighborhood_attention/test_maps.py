@@ -1,34 +1,31 @@
 import itertools
 
-import oracle
 import pytest
 import torch
+from oracle import Case, random_tensors, scores
 
 from neighborhood_attention import attention_maps, na2d
 
 CASES = [
-    oracle.Case((6, 7), (3, 5)),
-    oracle.Case((9, 8), (4, 2), dilation=(2, 3), rpb=False),
-    oracle.Case((7, 6), (3, 4), stride=(2, 3), is_causal=(True, False)),
+    Case((6, 7), (3, 5)),
+    Case((9, 8), (4, 2), dilation=(2, 3), rpb=False),
+    Case((7, 6), (3, 4), stride=(2, 3), is_causal=(True, False)),
+    Case((11,), (3,), dilation=(2,), is_causal=(True,), heads=4, key_heads=2),
+    Case((3, 4, 5), (2, 3, 1), stride=(2, 1, 1), is_causal=(False, False, True), key_heads=1),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_maps_agree_with_the_definition(case, device):
-    qkv, rpb = oracle.inputs(case, torch.float32, device)
-    query, key, _ = qkv.unbind(3)
+    tensors = random_tensors(case.shapes(), torch.float32, device)
+    tensors.pop("value")
     positions = list(itertools.product(*map(range, case.spatial)))
-    maps = attention_maps(query, key, *case.window, rpb=rpb, positions=positions)
-    # Attention to one-hot values is the matrix of probabilities itself.
-    one_hot = torch.eye(len(positions), dtype=torch.float64, device=device)
-    one_hot = one_hot.view(1, *case.spatial, 1, -1).expand(2, -1, -1, 2, -1)
-    scale = case.head_dim**-0.5
-    wide = [None if t is None else t.double() for t in (query, key, one_hot, rpb)]
-    expected, _ = oracle.attention(case, *wide, scale)
-    expected = expected.permute(0, 3, 1, 2, 4).reshape(maps.shape)
+    maps = attention_maps(**tensors, **case.settings, positions=positions)
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    expected = scores(case, **wide, scale=case.head_dim**-0.5).softmax(-1)
     assert maps.dtype == torch.float32
-    torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(maps.sum((-1, -2)), torch.ones_like(maps[..., 0, 0]))
+    assert maps.shape == (case.batch, case.heads, len(positions), *case.spatial)
+    torch.testing.assert_close(maps.double().flatten(3), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_maps_weight_the_values_as_the_operator_does(device):
@@ -61,6 +58,7 @@ def good():
             r"query: expected \[B, L, heads, D\], .*, got shape \(4,\)",
         ),
         ("key", None, TypeError, r"key: expected a tensor, got NoneType"),
+        ("key", torch.ones(2, 6, 7, 3, 4), ValueError, r"key: .* divides query's 2"),
         ("key", torch.ones(2, 6, 7, 2, 5), ValueError, r"key: expected query's shape"),
         ("kernel_size", 7, ValueError, r"kernel_size=\(7, 7\)"),
         ("dilation", 3, ValueError, r"dilation=\(3, 3\): spans 9 tokens"),
