@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import rich
 import timm
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
@@ -205,7 +205,7 @@ def accuracy_error(model_name: str, top1: float, images: int) -> str:
 
 def table(checks: list[Check]) -> Table:
     """One row a file."""
-    table = Table("model", "host", "SHA-256", "top-1", "published", "result")
+    table = Table(Column("model", no_wrap=True), "host", "SHA-256", "top-1", "published", "result")
     for check in checks:
         seen = "new" if check.first_seen else "as recorded"
         table.add_row(
