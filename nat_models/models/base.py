@@ -306,10 +306,15 @@ def create(
         pretrained: Load the published weights.
         feature_levels: Levels that a feature extractor returns by default.
         **kwargs: Arguments of the class, and timm's own.
+
+    Raises:
+        ValueError: `stage_norms` with a `feature_cls` that would leave them out.
     """
     feature_cfg: dict[str, Any] = {"out_indices": feature_levels, "flatten_sequential": True}
-    if kwargs.get("stage_norms"):  # not in the trunk's sequence
+    if kwargs.get("stage_norms"):  # they are beside the sequence that other extractors follow
         feature_cfg["feature_cls"] = "getter"
+        if (feature_cls := kwargs.get("feature_cls", "getter")) != "getter":
+            raise ValueError(f"stage_norms needs feature_cls='getter', got {feature_cls=}")
     model: Model = build_model_with_cfg(
         model_class,
         variant,

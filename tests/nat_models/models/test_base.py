@@ -166,6 +166,8 @@ def test_feature_maps_can_have_norms_of_their_own(tiny_model, images):
         torch.testing.assert_close(normed, expected)
     sum(m.sum() for m in extractor.train()(images)).backward()
     assert all(p.grad is not None for p in extractor.parameters())
+    with pytest.raises(ValueError, match="feature_cls='list'"):
+        tiny_model("dinat_mini", stage_norms=True, feature_cls="list", **maps)
 
 
 def test_initialisation_after_creation_without_storage():
