@@ -37,7 +37,9 @@ def make_neighborhood(
     is_causal: bool | Sequence[bool],
 ) -> Neighborhood:
     """The checked window of `dims` axes."""
-    return _neighborhood(
+    # TorchDynamo warns of caches, and needs none.
+    make = _neighborhood if torch.compiler.is_compiling() else _cached_neighborhood
+    return make(
         per_axis("kernel_size", kernel_size, dims, int),
         per_axis("stride", stride, dims, int),
         per_axis("dilation", dilation, dims, int),
@@ -45,7 +47,6 @@ def make_neighborhood(
     )
 
 
-@lru_cache(maxsize=1024)
 def _neighborhood(
     kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
@@ -59,6 +60,9 @@ def _neighborhood(
     if not all(1 <= s <= k for s, k in zip(stride, kernel_size, strict=True)):
         raise ValueError(f"{stride=}: expected 1 <= stride <= {kernel_size=}")
     return Neighborhood(kernel_size, stride, dilation, is_causal)
+
+
+_cached_neighborhood = lru_cache(maxsize=1024)(_neighborhood)
 
 
 def check_fits(window: Neighborhood, spatial: Sequence[int]) -> None:

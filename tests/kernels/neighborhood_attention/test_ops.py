@@ -91,6 +91,7 @@ def assert_all_close(actual, expected):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")
 @pytest.mark.parametrize(("function", "inputs"), FUNCTIONS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_it_compiles_as_one_graph(function, inputs, dynamic):
@@ -250,6 +251,27 @@ def test_a_traced_function_calls_the_operator():
     traced = torch.jit.trace(packed, (qkv, rpb))
     assert "neighborhood_attention::attention_qkvpacked" in str(traced.graph)
     assert_all_close(traced(qkv, rpb), packed(qkv, rpb))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("function", "inputs"), FUNCTIONS)
+def test_the_fused_operators_keep_pytorchs_rules(function, inputs):
+    tensors = [x.detach().cuda().requires_grad_() for x in inputs(requires_grad=True)]
+    settings = SETTINGS[0], SETTINGS[1], "fused"
+    if function is everything:
+        torch.library.opcheck(ops.attention, (*tensors, *settings))
+    else:
+        torch.library.opcheck(ops.attention_qkvpacked, (*tensors, *settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("function", "inputs"), FUNCTIONS)
+def test_cuda_graphs_change_nothing(function, inputs):
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm-up, recording, replays
+        tensors = [x.cuda() for x in inputs()]
+        found = [x.clone() for x in results_by_backward(compiled, tensors)]
+        assert_all_close(found, results_by_backward(function, tensors))
 
 
 DDP = """
