@@ -36,9 +36,9 @@ def train(cfg: DictConfig) -> Any:
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="eval")
 def evaluate(cfg: DictConfig) -> Any:
     """nat-eval."""
-    from nat_models.engine import run
+    from nat_models.engine.evaluation import evaluate as work
 
-    return _run(run.evaluate, cfg)
+    return _run(work, cfg)
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="bench")

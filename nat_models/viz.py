@@ -116,6 +116,30 @@ def neighborhoods(
     return figure
 
 
+def confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> Figure:
+    """Draw which classes are taken for which.
+
+    Args:
+        matrix: Number of images by their class and the class given, [C, C].
+        names: Names of the classes; written out for up to 30.
+
+    Returns:
+        A figure whose rows are shares of a class.
+    """
+    count = len(names)
+    side = 3.5 + 0.25 * min(count, 30)
+    figure = Figure(figsize=(side + 1, side), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="class given", ylabel="class", title="Confusion")
+    if count <= 30:
+        axes.set_xticks(range(count), names, rotation=90)
+        axes.set_yticks(range(count), names)
+    figure.colorbar(image, ax=axes, label="share of the class")
+    return figure
+
+
 def _line(
     axes: Axes,
     epochs: Sequence[dict[str, float]],

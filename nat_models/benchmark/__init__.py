@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from nat_models.benchmark.loading import measure_loading
 from nat_models.benchmark.measure import measure_in_turns
 from nat_models.benchmark.report import describe, table, write
 from nat_models.benchmark.settings import Settings
@@ -17,11 +18,16 @@ _log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
-    """Measure what a composed configs/bench.yaml asks for; print a table and write a JSON file.
+    """Measure what a composed configs/bench.yaml asks for; print it and write a JSON file.
+
+    With a data set (`data=...`) that is the loader alone, else models.
 
     Raises:
         ConfigError: A setting is not allowed; raised before any work, and names its key.
     """
+    if cfg.get("data") is not None:
+        _run_loading(cfg)
+        return
     results: list[dict[str, Any]] = []
     with bad_input():
         settings = Settings.from_config(cfg)
@@ -46,4 +52,14 @@ def run(cfg: DictConfig) -> None:
     if not console.is_terminal:
         console.width = 120
     console.print(table(description, results))
+    _log.info("results: %s", settings.output)
+
+
+def _run_loading(cfg: DictConfig) -> None:
+    with bad_input():
+        settings = Settings.from_config(cfg)
+        result = measure_loading(cfg)
+        write(settings.output, describe(settings), [result])
+    speed, workers = result["images_per_second"], result["num_workers"]
+    _log.info("%s: %.0f images/s, %d loading processes", result["data"], speed, workers)
     _log.info("results: %s", settings.output)

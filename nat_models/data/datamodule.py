@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
+from PIL.Image import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.models import get_model_traits
@@ -94,6 +95,7 @@ class ImageDataModule(LightningDataModule):
         self._mix: Mixup | None = None
         self.complaints = Complaints(on_error)
         self._classes: int | None = None
+        self.indices = torch.empty(0)  # of the batch at hand, in its data set
         self._epoch = self._batches_done = 0
 
     def open(self, training: bool) -> None:
@@ -148,6 +150,38 @@ class ImageDataModule(LightningDataModule):
             mixup = {"label_smoothing": 0.0, **self.settings.mixup}
             self._mix = Mixup(**mixup, num_classes=model.num_classes)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in order, None if the source has none."""
+        classes = class_indices(next(iter(self.sources.values()))) or {}
+        ordered = sorted(classes, key=lambda name: classes[name])
+        return ordered if sorted(classes.values()) == [*range(len(classes))] and classes else None
+
+    def image_name(self, index: int) -> str:
+        """Name of a held-out image: its file's, else its number."""
+        try:
+            return str(self.sources["val"].filename(index))  # type: ignore[attr-defined]
+        except (AttributeError, AssertionError):
+            return str(index)
+
+    @property
+    def mode(self) -> str:
+        """Colour mode of the images: "L" (grey) or "RGB"."""
+        return "L" if self.config["input_size"][0] == 1 else "RGB"
+
+    def resize(self, size: int, model: nn.Module) -> None:
+        """Feed the model square images of another side."""
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"sizes={size}: expected integers, at least 1")
+        self.settings.input_size = [self.config["input_size"][0], size, size]
+        self.follow(model)
+
+    def prepare(self, picture: Image) -> tuple[Tensor, NDArray[np.uint8]]:
+        """A picture as the model is fed it in evaluation, and as uint8 [H, W(, 3)]."""
+        transform = create_transform(**{**self.config, "use_prefetcher": True})
+        pixels = torch.as_tensor(transform(picture))
+        return self._normalise(pixels), pixels.permute(1, 2, 0).squeeze(-1).numpy()
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of uint8 images and class indices, from where a resumed trainer stands."""
         assert self.trainer is not None
@@ -169,15 +203,19 @@ class ImageDataModule(LightningDataModule):
         indices = range(self.trainer.global_rank, len(data), self.trainer.world_size)
         return self._loader(data, indices, drop_last=False)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the run stands: the epoch to go on with, and how many of its batches are done."""
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch to go on with, how many of its batches are done, and the classes' names."""
         assert self.trainer is not None
         loop: Any = self.trainer.fit_loop
         batches = loop.epoch_loop.batch_progress
         done = 0 if batches.is_last_batch else batches.current.processed
-        return {"epoch": loop.epoch_progress.current.processed, "batches_done": done}
+        return {
+            "epoch": loop.epoch_progress.current.processed,
+            "batches_done": done,
+            "class_names": self.class_names,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader begin there."""
         self._epoch, self._batches_done = state_dict["epoch"], state_dict["batches_done"]
 
@@ -196,7 +234,7 @@ class ImageDataModule(LightningDataModule):
             RunStopped: An image cannot be read, or a label is not one of the model's classes.
         """
         assert self.trainer is not None
-        images, targets, errors = batch
+        images, targets, errors, self.indices = batch
         self.complaints(errors)
         self._check_labels(targets)
         if self.trainer.training:
@@ -234,11 +272,10 @@ class ImageDataModule(LightningDataModule):
     def _transformed(self, part: str, **augment: Any) -> DecodedDataset | DecodedStream:
         # use_prefetcher: timm's transforms then end in uint8 tensors, as for its own loader.
         options = {**self.config, "use_prefetcher": True, **augment}
-        mode = "L" if self.config["input_size"][0] == 1 else "RGB"
         source, transform = self.sources[part], create_transform(**options)
         if isinstance(source, IterableDataset):
-            return DecodedStream(source, transform, mode, self.settings.seed)
-        return DecodedDataset(source, transform, mode, training=part == "train")
+            return DecodedStream(source, transform, self.mode, self.settings.seed)
+        return DecodedDataset(source, transform, self.mode, training=part == "train")
 
     def _stream(self, data: DecodedStream, training: bool) -> StreamLoader:
         trainer, s = self.trainer, self.settings

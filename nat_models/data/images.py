@@ -18,9 +18,8 @@ from nat_models.errors import RunStopped
 _log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
-Sample = tuple[
-    Tensor | None, int, list[str]
-]  # what went wrong travels with it to the first process
+# Image, class, what went wrong (it travels to the first process), and the index.
+Sample = tuple[Tensor | None, int, list[str], int]
 BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 ON_ERROR = ("raise", "skip")
 MAX_TRIES = 10
@@ -67,6 +66,7 @@ class DecodedDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Sample:
         errors: list[str] = []
+        asked = index
         for _ in range(MAX_TRIES if self.training else 1):
             try:
                 image, target = self.source[index]
@@ -75,8 +75,8 @@ class DecodedDataset(Dataset[Any]):
                 errors.append(f"{self._name(index)}: {error}")
                 index = (index + 1) % len(self)
             else:
-                return self.transform(picture), target, errors
-        return None, -1, errors
+                return self.transform(picture), target, errors, asked
+        return None, -1, errors, asked
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
@@ -111,20 +111,21 @@ class DecodedStream(IterableDataset[Any]):
         worker = get_worker_info()
         for i, (image, target) in enumerate(self.source):
             seed_rngs(self.seed, self.epoch, worker.id if worker else 0, i)
-            yield self.transform(decode(image, self.mode)), target, []
+            yield self.transform(decode(image, self.mode)), target, [], i
 
     def __len__(self) -> int:
         return len(self.source)
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    """uint8 images [B, C, H, W], class indices [B], and what could not be read."""
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], Tensor]:
+    """uint8 images [B, C, H, W], class indices [B], what could not be read, and indices [B]."""
     errors = [error for sample in samples for error in sample[2]]
-    whole = [sample[:2] for sample in samples if sample[0] is not None]
+    whole = [sample for sample in samples if sample[0] is not None]
+    indices = torch.tensor([sample[3] for sample in whole], dtype=torch.int64)
     if not whole:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64), errors
-    images, targets = fast_collate(whole)
-    return images, targets, errors
+        return torch.empty(0), torch.empty(0, dtype=torch.int64), errors, indices
+    images, targets = fast_collate([sample[:2] for sample in whole])
+    return images, targets, errors, indices
 
 
 class Complaints:

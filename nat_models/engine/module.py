@@ -65,14 +65,25 @@ class Classifier(LightningModule):
             checkpoint_activations(self.model)
         if linear_probe:
             freeze_all_but_classifier(self.model)
-        classes: int = self.model.num_classes
         self.val_loss = MeanMetric()
+        self.restrict(None)
+
+    def restrict(self, classes: Tensor | None) -> None:
+        """Choose the classes that evaluation knows, as indices into the model's; None: all."""
+        self.classes = classes
+        count = self.num_classes
         self.val_accuracy = MetricCollection(
             {
-                "val/top1": MulticlassAccuracy(classes, top_k=1, average="micro"),
-                "val/top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
+                "val/top1": MulticlassAccuracy(count, top_k=1, average="micro"),
+                "val/top5": MulticlassAccuracy(count, top_k=min(5, count), average="micro"),
             }
         )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that evaluation knows."""
+        everything: int = self.model.num_classes
+        return everything if self.classes is None else len(self.classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, H, W] to logits [B, classes]."""
@@ -90,14 +101,19 @@ class Classifier(LightningModule):
         """Mean cross entropy with the smoothed targets."""
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the held-out loss and accuracies."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Add a batch to the held-out loss and accuracies; returns its logits."""
         images, targets = batch
-        logits = self(images)
+        if not len(targets):  # none of its images could be read
+            return None
+        logits: Tensor = self(images)
+        if self.classes is not None:
+            logits = logits[:, self.classes.to(logits.device)]
         self.val_loss.update(F.cross_entropy(logits, targets), len(targets))
         self.val_accuracy.update(logits, targets)
         self.log("val/loss", self.val_loss)
         self.log_dict(self.val_accuracy)
+        return logits
 
     def configure_model(self) -> None:
         """Divide the model among the processes, if the strategy asks for it."""

@@ -20,33 +20,43 @@ class TrainedRun:
         hparams: Arguments of its `Classifier`.
         data_hparams: Arguments of its `ImageDataModule`.
         state_dict: Weights of its `Classifier`.
+        class_names: Names of its classes, if the data had any.
     """
 
     path: Path
     hparams: dict[str, Any]
     data_hparams: dict[str, Any]
     state_dict: dict[str, Any]
+    class_names: list[str] | None = None
 
     @classmethod
-    def read(cls, path: Path) -> "TrainedRun":
+    def read(cls, path: Path, weights: str = "averaged") -> "TrainedRun":
         """Read a checkpoint without running code from it.
+
+        Args:
+            path: The file.
+            weights: "averaged" (EMA) if there are such, or "trained".
 
         Raises:
             CheckpointError: There is no such file, it is damaged, or not of a training run.
         """
         if not path.is_file():
             raise CheckpointError(path, "no such file (ckpt)")
+        if weights not in ("averaged", "trained"):
+            raise ValueError(f"weights={weights}: expected averaged or trained")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files fail in many ways
             reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
             raise CheckpointError(path, f"damaged, or not a checkpoint: {reason}") from error
         try:
+            trained_weights = content.get("current_model_state", content["state_dict"])
             return cls(
                 path=path,
                 hparams=content["hyper_parameters"],
                 data_hparams=content["datamodule_hyper_parameters"],
-                state_dict=content["state_dict"],
+                state_dict=trained_weights if weights == "trained" else content["state_dict"],
+                class_names=content.get("ImageDataModule", {}).get("class_names"),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(

@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from nat_models.cli import config_dir
 ROOT = Path(config_dir())
 GROUPS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/*.yaml"))
 PROGRAM = {"hydra", "paths"}
+
+
+def installed(plugin: str) -> bool:
+    return bool(find_spec("hydra_plugins") and find_spec(f"hydra_plugins.{plugin}"))
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
@@ -23,6 +28,9 @@ def test_every_choice_composes(compose, path):
     if path.name == "as_trained.yaml":
         assert compose("eval", "data=as_trained").data.name is None
         return
+    plugin = {"sweep": "hydra_optuna_sweeper", "launcher": "hydra_submitit_launcher"}
+    if (name := plugin.get(path.parts[0])) and not installed(name):
+        pytest.skip(f"{name} is an extra")
     cfg = compose("train", f"{path.parts[0]}={path.stem}")
     unset = OmegaConf.missing_keys(cfg)
     assert unset <= {"data.root", "data.name", "task.teacher.name"}

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from nat_models.engine import run
+from nat_models.engine.evaluation import evaluate
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ def test_training_learns(trained):
 
 def test_evaluation_reproduces_the_number(trained, compose):
     output, top1 = trained
-    metrics = run.evaluate(compose("eval", f"ckpt={output}/best.ckpt", "trainer.accelerator=cpu"))
+    metrics = evaluate(compose("eval", f"ckpt={output}/best.ckpt", "trainer.accelerator=cpu"))
     assert metrics["val/top1"] == top1
     recorded = json.loads((output / "metrics.json").read_text())
     assert recorded == {name: pytest.approx(value, abs=1e-6) for name, value in metrics.items()}
@@ -79,7 +80,7 @@ def test_any_model_by_name_on_a_folder_of_images(compose, tmp_path):
     options += ["trainer.accelerator=cpu"]
     own = ["model.name=nat_tiny", "data.input_size=[3,64,64]"]
     for model in (own, ["model.name=test_vit"]):
-        metrics = run.evaluate(compose("eval", *options, *model))
+        metrics = evaluate(compose("eval", *options, *model))
         assert metrics["val/top1"] * 6 == pytest.approx(round(metrics["val/top1"] * 6))
         assert metrics["val/top5"] == 1.0
 

@@ -13,6 +13,8 @@ from nat_models.data import ImageDataModule
 from nat_models.data.images import decode
 from nat_models.errors import RunStopped
 
+NAMES = ["cat", "dog", "newt"]
+
 
 def attached(data: ImageDataModule, model: nn.Module, training: bool = True, **trainer: Any) -> Any:
     """Open the data for a model and give it to a trainer that stands at the start of training."""
@@ -44,11 +46,11 @@ def test_evaluation_follows_the_models_pretrained_cfg(image_folder):
     data = attached(
         ImageDataModule("folder", str(image_folder)), model_of((3, 10, 10)), training=False
     )
-    images, targets, errors = next(iter(data.val_dataloader()))
+    images, targets, *rest = next(iter(data.val_dataloader()))
     assert images.dtype == torch.uint8
     assert images.shape == (6, 3, 10, 10)
     assert targets.tolist() == [0, 0, 1, 1, 2, 2]
-    normalised, _ = on_device(data, (images, targets, errors))
+    normalised, _ = on_device(data, (images, targets, *rest))
     torch.testing.assert_close(normalised, (images / 255 - 0.25) / 0.5)
     # crop_pct 0.5: the image's shorter side becomes 20, of which the middle 10 are kept
     transform = timm.data.create_transform(
@@ -109,9 +111,9 @@ def test_state_is_the_next_batch_to_train_on(image_folder):
     loop = data.trainer.fit_loop
     loop.epoch_progress.current.processed = 1
     loop.epoch_loop.batch_progress.current.processed = 2
-    assert data.state_dict() == {"epoch": 1, "batches_done": 2}
+    assert data.state_dict() == {"epoch": 1, "batches_done": 2, "class_names": NAMES}
     loop.epoch_loop.batch_progress.is_last_batch = True
-    assert data.state_dict() == {"epoch": 1, "batches_done": 0}
+    assert data.state_dict() == {"epoch": 1, "batches_done": 0, "class_names": NAMES}
 
 
 def test_ranks_evaluate_every_image_once(image_folder):
@@ -182,7 +184,7 @@ def test_a_broken_image_is_left_out_and_counted(image_folder):
 def test_a_label_out_of_range_is_named(image_folder, label):
     data = ImageDataModule("folder", str(image_folder))
     attached(data, model_of((3, 16, 16), classes=3), training=False)
-    batch = (torch.zeros(2, 3, 16, 16), torch.tensor([0, label]), [])
+    batch = (torch.zeros(2, 3, 16, 16), torch.tensor([0, label]), [], torch.arange(2))
     with pytest.raises(RunStopped, match=rf"label {label}, the model's classes are 0 to 2"):
         data.on_before_batch_transfer(batch, 0)
 

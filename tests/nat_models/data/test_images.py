@@ -42,7 +42,7 @@ def test_a_single_pixel_becomes_a_whole_image(training):
     transform = create_transform(
         (3, 16, 16), is_training=training, use_prefetcher=True, color_jitter=0
     )
-    image, target, errors = DecodedDataset(source, transform, "RGB", training)[0]
+    image, target, errors, _ = DecodedDataset(source, transform, "RGB", training)[0]
     assert (image.shape, target, errors) == ((3, 16, 16), 3, [])
     assert image[0].min() > 250
 
@@ -63,17 +63,18 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 def test_in_training_the_next_image_takes_the_place_of_a_broken_one():
     data = DecodedDataset(files(), pixels, "RGB", training=True)
-    image, target, errors = data[1]
-    assert (image is not None, target) == (True, 4)
+    image, target, errors, index = data[1]
+    assert (image is not None, target, index) == (True, 4, 1)
     assert [error.partition(":")[0] for error in errors] == ["1.png", "2.png", "3.png"]
     assert "truncated" in errors[0]
 
 
 def test_in_evaluation_nothing_does():
     data = DecodedDataset(files(), pixels, "RGB", training=False)
-    images, targets, errors = collate([data[i] for i in range(5)])
+    images, targets, errors, indices = collate([data[i] for i in range(5)])
+    assert indices.tolist() == [0, 4]
     assert (images.shape, targets.tolist(), len(errors)) == ((2, 3, 6, 8), [0, 4], 3)
-    images, targets, errors = collate([data[2]])
+    images, targets, errors, _ = collate([data[2]])
     assert (len(images), len(targets), len(errors)) == (0, 0, 1)
 
 

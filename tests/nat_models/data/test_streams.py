@@ -44,7 +44,7 @@ def opened(root, epoch: int = 0, rank: int = 0, world_size: int = 1, **options) 
 
 
 def labels(batches) -> list[int]:
-    return list(chain.from_iterable(targets.tolist() for _, targets, _ in batches))
+    return list(chain.from_iterable(targets.tolist() for _, targets, *_ in batches))
 
 
 def test_sizes_are_known(shards):
@@ -62,7 +62,7 @@ def test_an_epoch_repeats_and_goes_on_where_the_state_says(shards, workers):
 
     whole = batches(1)
     assert len(labels(whole)) == 20
-    for (images, targets, _), (again, same, _) in zip(whole, batches(1), strict=True):
+    for (images, targets, *_), (again, same, *_) in zip(whole, batches(1), strict=True):
         assert torch.equal(images, again)
         assert torch.equal(targets, same)
     rest = batches(1, done=3)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nat_models.engine import run
+from nat_models.engine import run, setup
+from nat_models.engine.evaluation import evaluate
 from nat_models.errors import ConfigError
 
 FAKE = ["data=fake", "data.options={size:8,image_size:[3,8,8],num_classes:3}", "data.batch_size=4"]
@@ -119,14 +120,14 @@ def test_resume_refuses_another_model(compose, checkpoint, overrides, message):
 )
 def test_evaluate_refuses(compose, checkpoint, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        run.evaluate(compose("eval", f"ckpt={checkpoint}", *QUIET, *overrides))
+        evaluate(compose("eval", f"ckpt={checkpoint}", *QUIET, *overrides))
 
 
 def test_evaluate_needs_a_model_and_data(compose):
     with pytest.raises(ConfigError, match=r"expected ckpt=PATH or model\.name=NAME"):
-        run.evaluate(compose("eval"))
+        evaluate(compose("eval"))
     with pytest.raises(ConfigError, match="data: expected a data set"):
-        run.evaluate(compose("eval", "model.name=test_vit"))
+        evaluate(compose("eval", "model.name=test_vit"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "code", "weights"])
@@ -139,7 +140,7 @@ def test_evaluate_refuses_a_file_that_is_no_checkpoint(compose, checkpoint, tmp_
     if damage == "weights":
         torch.save({"w": torch.ones(1)}, path)
     with pytest.raises(ConfigError, match=rf"{path}: (damaged, or )?not (a|the) checkpoint.*: ."):
-        run.evaluate(compose("eval", f"ckpt={path}", *QUIET))
+        evaluate(compose("eval", f"ckpt={path}", *QUIET))
 
 
 def test_checkpoint_holds_plain_data_only(checkpoint):
@@ -154,10 +155,10 @@ def test_checkpoint_holds_plain_data_only(checkpoint):
 def test_precision_follows_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert run._precision("auto") == run._precision("gpu") == "bf16-mixed"
+    assert setup._precision("auto") == setup._precision("gpu") == "bf16-mixed"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert run._precision("auto") == "32-true"
+    assert setup._precision("auto") == "32-true"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert run._precision("cpu") == "32-true"
+    assert setup._precision("cpu") == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run._precision("auto") == "32-true"
+    assert setup._precision("auto") == "32-true"

@@ -1,0 +1,100 @@
+"""Evaluation: of a checkpoint or of any model by name, on held-out images or on plain pictures."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from nat_models.data import ImageDataModule
+from nat_models.engine import facts
+from nat_models.engine.callbacks import accuracy
+from nat_models.engine.labels import class_names, real_accuracy, valid_labels
+from nat_models.engine.module import Classifier
+from nat_models.engine.pictures import name_pictures
+from nat_models.engine.predictions import Predictions
+from nat_models.engine.report import write_report, write_results
+from nat_models.engine.setup import check_fits, make_trainer, plain, set_up_torch
+from nat_models.engine.trained import TrainedRun
+from nat_models.errors import bad_input, faults_of_the_machine
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate(cfg: DictConfig) -> Any:
+    """Evaluate on held-out images, or with `images=PATH` name what pictures show.
+
+    Args:
+        cfg: Composed from configs/eval.yaml.
+
+    Returns:
+        Loss and accuracies by name, of the last of several sizes; of pictures, what they show.
+
+    Raises:
+        ConfigError: A value cannot be used; raised before any work, and names its key.
+    """
+    with bad_input():
+        if not cfg.ckpt and not cfg.model.name:
+            raise ValueError("expected ckpt=PATH or model.name=NAME")
+        trained = TrainedRun.read(Path(cfg.ckpt), cfg.weights) if cfg.ckpt else None
+        set_up_torch(cfg)
+        given = plain(cfg.model)
+        module = trained.module(given) if trained else Classifier(model=given)
+    if cfg.images is not None:
+        return name_pictures(cfg, module, trained)
+    with bad_input():
+        data = _evaluation_data(cfg, trained)
+        data.open(training=False)
+        data.follow(module.model)
+        module.restrict(valid_labels(cfg.valid_labels))
+        check_fits(data, module)
+        output = _output(cfg)
+        predictions = Predictions()
+        trainer = make_trainer(cfg, logger=False)
+        trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
+    for name, value in facts.describe(trainer, module, data).items():
+        _log.info("%-10s %s", name, value)
+    name = cfg.ckpt or given["name"]
+    results = []
+    for size in cfg.sizes or [data.config["input_size"][-1]]:
+        with bad_input():
+            data.resize(size, module.model)
+        with faults_of_the_machine():
+            [metrics] = trainer.validate(module, data, verbose=False)
+        if cfg.real_labels:
+            metrics = {**metrics, **real_accuracy(predictions.table(), data)}
+        results.append(
+            {"model": name, "size": size, "unreadable": data.complaints.count, **metrics}
+        )
+        _log.info("%s  %d pixels  %s", accuracy(metrics), size, name)
+    if data.complaints.count:
+        _log.warning("%d images could not be read and are not counted", data.complaints.count)
+    if output is not None and trainer.is_global_zero:
+        write_results(output, results)
+        write_report(output, predictions.table(), data, class_names(module, data, trained))
+        _log.info("results: %s", output)
+    return dict(metrics)
+
+
+def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:
+    if "_target_" in cfg.data:
+        data: ImageDataModule = instantiate(cfg.data, _convert_="all")
+        return data
+    if trained is None:
+        raise ValueError(
+            "data: expected a data set (data=imagefolder data.root=FOLDER, or another), or a "
+            "checkpoint that knows its own (ckpt=PATH)"
+        )
+    return trained.data({k: v for k, v in plain(cfg.data).items() if v is not None})
+
+
+def _output(cfg: DictConfig) -> Path | None:
+    if cfg.output is None:
+        return None
+    output = Path(cfg.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output={output}: expected a folder that can be made: {error}") from error
+    return output

@@ -1,0 +1,103 @@
+"""What training and evaluation have in common: from a configuration to PyTorch and a trainer."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from nat_models.data import ImageDataModule
+from nat_models.engine.averaging import EMA
+from nat_models.engine.callbacks import ProgressBar
+from nat_models.engine.checkpoint_io import AtomicCheckpointIO
+from nat_models.engine.module import Classifier
+from nat_models.engine.sharding import FSDP2
+
+
+def make_trainer(cfg: DictConfig, **options: Any) -> Trainer:
+    """Instantiate the trainer with the callbacks and loggers of the configuration."""
+    if "logger" in cfg:
+        options["logger"] = [instantiate(c) for c in (cfg.logger or {}).values() if c]
+    if cfg.trainer.precision == "auto":
+        options["precision"] = _precision(cfg.trainer.accelerator)
+    callbacks: list[Callback] = [instantiate(c) for c in (cfg.callbacks or {}).values() if c]
+    if cfg.trainer.strategy == "fsdp2":
+        if any(isinstance(c, EMA) for c in callbacks):
+            raise ValueError(
+                "trainer.strategy=fsdp2: the weights' average (callbacks.ema) is whole"
+            )
+        options["strategy"] = FSDP2()
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+        _convert_="all",
+        **options,
+    )
+    return trainer
+
+
+def _precision(accelerator: str) -> str:
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true"
+    # Older GPUs only emulate bf16.
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def accumulate(trainer: Trainer, cfg: DictConfig) -> None:
+    """Accumulate batches until all processes together have used the images of one step."""
+    if cfg.global_batch_size is None:
+        return
+    at_once = cfg.data.batch_size * trainer.world_size
+    if cfg.global_batch_size % at_once:
+        raise ValueError(
+            f"global_batch_size={cfg.global_batch_size}: expected a multiple of {at_once}, "
+            f"data.batch_size={cfg.data.batch_size} times {trainer.world_size} processes"
+        )
+    trainer.accumulate_grad_batches = cfg.global_batch_size // at_once
+
+
+def set_up_torch(cfg: DictConfig) -> None:
+    """TF32, caches of compiled code, threads, seeds."""
+    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = cfg.tf32
+    if "paths" in cfg:
+        for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            folder = Path(cfg.paths.cache, variable.partition("_")[0].lower())
+            os.environ.setdefault(variable, str(folder.absolute()))
+    if cfg.threads is not None:
+        if not isinstance(cfg.threads, int) or cfg.threads < 1:
+            raise ValueError(f"threads={cfg.threads}: expected an integer, at least 1")
+        torch.set_num_threads(cfg.threads)
+    if "seed" in cfg:
+        if cfg.seed not in range(2**32):
+            raise ValueError(f"seed={cfg.seed}: expected an integer from 0 to {2**32 - 1}")
+        seed_everything(cfg.seed, verbose=False)
+
+
+def check_fits(data: ImageDataModule, module: Classifier) -> None:
+    """The data must have the model's classes and channels."""
+    classes, outputs = data.num_classes, module.num_classes
+    # With a class map the data may show a part of the model's classes.
+    fits = classes is None or classes == outputs or (data.settings.class_map and classes < outputs)
+    if not fits:
+        raise ValueError(
+            f"data.name={data.settings.name}: has {classes} classes, the model has {outputs}; "
+            "set model.num_classes; for a part of its classes valid_labels or data.class_map"
+        )
+    channels, taken = data.config["input_size"][0], getattr(module.model, "in_chans", None)
+    if taken not in (None, channels):
+        raise ValueError(
+            f"data.input_size={list(data.config['input_size'])}: the model takes {taken} channels; "
+            "set +model.in_chans"
+        )
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as a dictionary, resolved."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return dict(plain)

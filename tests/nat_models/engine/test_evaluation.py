@@ -1,0 +1,135 @@
+import csv
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nat_models.engine.evaluation import evaluate
+from nat_models.errors import ConfigError
+
+MODEL = [
+    "model.name=test_vit",
+    "+model.img_size=32",
+    "trainer.accelerator=cpu",
+    "callbacks.progress=null",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images in three classes, their names those of ImageNet's validation images."""
+    noise = np.random.default_rng(0)
+    for i, label in enumerate("aabbbcc"):
+        path = tmp_path / "data" / "val" / label / f"ILSVRC2012_val_{i + 1:08}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "data"
+
+
+def options(folder, *more: str) -> list[str]:
+    data = ["data=imagefolder", f"data.root={folder}", "data.num_workers=0", "data.batch_size=3"]
+    return [*MODEL, *data, *more]
+
+
+def rows(path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_results_predictions_and_report_agree(compose, folder, tmp_path):
+    torch.manual_seed(0)
+    more = ["model.num_classes=3", f"output={tmp_path}/out", "sizes=[32,48]", "model.name=nat_mini"]
+    more += ["+model.embed_dim=32", "+model.depths=[1,1,1,1]", "+model.num_heads=[1,1,1,1]"]
+    chosen = [o for o in options(folder, *more) if "img_size" not in o]
+    metrics = evaluate(compose("eval", *chosen))
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert [row["size"] for row in results] == [32, 48]
+    assert results[1]["val/top1"] == metrics["val/top1"]
+    assert [float(row["val/top1"]) for row in rows(out / "results.csv")] == pytest.approx(
+        [row["val/top1"] for row in results]
+    )
+    predictions = rows(out / "predictions.csv")
+    assert len(predictions) == 7
+    assert predictions[3]["image"] == "b/ILSVRC2012_val_00000004.JPEG"
+    right = [row["label"] == row["class_1"] for row in predictions]
+    assert np.mean(right) == pytest.approx(metrics["val/top1"])
+    assert all(
+        0.99 < sum(float(row[f"share_{k}"]) for k in (1, 2, 3)) < 1.01 for row in predictions
+    )
+    classes = {row["class"]: row for row in rows(out / "classes.csv")}
+    assert [int(classes[c]["images"]) for c in "abc"] == [2, 3, 2]
+    hits = sum(int(row["images"]) * float(row["top1"]) for row in classes.values())
+    assert hits == pytest.approx(sum(right), abs=1e-3)
+    assert min(Image.open(out / "confusion.png").size) > 300
+
+
+def test_a_part_of_the_classes_and_the_reassessed_labels(compose, folder, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("970\n795\n230\n")
+    more = [f"valid_labels={labels}", f"output={tmp_path}/out", "real_labels=true"]
+    metrics = evaluate(compose("eval", *options(folder, *more)))
+    assert metrics["val/top5"] == 1.0  # of three
+    assert 0 <= metrics["val/real_top1"] <= metrics["val/real_top5"] <= 1
+
+
+def test_unreadable_images_are_reported(compose, folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (folder / "val" / "a" / "x.jpeg").write_bytes(b"")
+    more = ["model.num_classes=3", f"output={tmp_path}/out", "data.on_error=skip"]
+    evaluate(compose("eval", *options(folder, *more)))
+    assert "1 images could not be read and are not counted" in caplog.text
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 7
+
+
+def test_pictures_are_named_and_their_attention_drawn(compose, folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    pictures = folder / "val" / "b"
+    own = ["model.name=nat_mini", "+model.embed_dim=32", "+model.depths=[1,1,1,1]"]
+    own += ["+model.num_heads=[1,1,1,1]", "attention=levels.1.blocks.0.attn"]
+    own += [f"images={pictures}", f"output={tmp_path}/out"]
+    found = evaluate(compose("eval", *own))
+    assert len(found) == 3
+    for top in found.values():
+        assert len(top) == 5
+        assert [p for _, p in top] == sorted((p for _, p in top), reverse=True)
+        assert not top[0][0].isdecimal()  # a name of ImageNet's
+    assert (
+        f"ILSVRC2012_val_00000003.JPEG: {found['ILSVRC2012_val_00000003.JPEG'][0][0]}"
+        in caplog.text
+    )
+    assert len(list((tmp_path / "out").glob("*_attention.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("images=no/where", r"images=no/where: expected a picture or a folder"),
+        ("images=EMPTY", r"images=.*: holds no picture"),
+        ("images=TEXT", r"images=.*x\.png: cannot identify"),
+        ("valid_labels=imagenet_x", r"valid_labels=imagenet_x: expected imagenet_a"),
+        ("sizes=[0]", r"sizes=0: expected integers, at least 1"),
+        ("weights=best", r"weights=best: expected averaged or trained"),
+    ],
+    ids=["missing", "empty", "text", "labels", "size", "weights"],
+)
+def test_bad_input_is_named(compose, folder, tmp_path, override, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.png").write_text("x")
+    override = override.replace("EMPTY", f"{tmp_path}/empty").replace("TEXT", f"{tmp_path}/x.png")
+    more = ["model.num_classes=3", override]
+    if "weights" in override:
+        (tmp_path / "x.ckpt").touch()
+        more.append(f"ckpt={tmp_path}/x.ckpt")
+    with pytest.raises(ConfigError, match=message):
+        evaluate(compose("eval", *options(folder, *more)))
+
+
+def test_names_outside_imagenet_have_no_reassessed_label(compose, folder):
+    (folder / "val" / "a" / "ILSVRC2012_val_00000001.JPEG").rename(folder / "val" / "a" / "x.JPEG")
+    cfg = compose("eval", *options(folder, "model.num_classes=3", "real_labels=true"))
+    with pytest.raises(ValueError, match=r"real_labels=true: x\.JPEG is no validation image"):
+        evaluate(cfg)

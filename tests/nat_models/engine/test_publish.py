@@ -1,0 +1,56 @@
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+
+from nat_models.data import ImageDataModule
+from nat_models.engine.module import Classifier
+from nat_models.engine.publish import push, write_card, write_model
+from nat_models.errors import RunStopped
+
+
+@pytest.fixture
+def module():
+    return Classifier(model={"name": "nat_demo", "num_classes": 3, "in_chans": 3}).eval()
+
+
+@pytest.fixture
+def data(module, tmp_path) -> ImageDataModule:
+    for label in ("cat", "dog", "newt"):
+        (tmp_path / "val" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "val" / label / "1.png")
+    data = ImageDataModule("folder", str(tmp_path), input_size=[3, 40, 40], mean=[0.1] * 3)
+    data.open(training=False)
+    data.follow(module.model)
+    return data
+
+
+def test_the_folder_opens_as_the_same_model_with_its_preprocessing(module, data, tmp_path):
+    write_model(tmp_path / "model", module, data)
+    again = timm.create_model(f"local-dir:{tmp_path}/model", pretrained=True).eval()
+    images = torch.randn(2, 3, 40, 40)
+    assert torch.equal(again(images), module(images))
+    config = resolve_data_config({}, model=again)
+    assert (config["input_size"], tuple(config["mean"])) == ((3, 40, 40), (0.1,) * 3)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["label_names"] == [
+        "cat",
+        "dog",
+        "newt",
+    ]
+
+
+def test_the_card_tells_what_the_model_is_and_how_good(module, data, tmp_path):
+    metrics = {"val/top1": 0.5, "val/top5": 1.0}
+    write_card(tmp_path, module, data, metrics)
+    card = (tmp_path / "README.md").read_text()
+    for part in ("license: mit", "nat_demo", "**Classes:** 3", "3x40x40", "3, top-1 50.00 %"):
+        assert part in card
+
+
+def test_a_failed_upload_says_where_the_model_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunStopped, match=rf"push_to_hub=a/b: .*the model is in {tmp_path}"):
+        push(tmp_path, "a/b")
