@@ -51,7 +51,8 @@ def test_evaluation_reproduces_the_number(trained, compose):
 def test_records_lie_beside_the_checkpoint(trained):
     output, _ = trained
     names = {path.name for path in output.iterdir()}
-    assert {"best.ckpt", "last.ckpt", "config.yaml", "environment.json", "train.log"} <= names
+    assert {"best.ckpt", "last.ckpt", "epoch_000.ckpt", "epoch_001.ckpt", "model"} <= names
+    assert {"config.yaml", "environment.json", "train.log"} <= names
     assert list(output.glob("csv/version_0/metrics.csv"))
     assert list(output.glob("tensorboard/version_0/events*"))
     log = (output / "train.log").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nat_models.engine import run, setup
+from nat_models.engine import run
 from nat_models.engine.evaluation import evaluate
 from nat_models.errors import ConfigError
 
@@ -150,15 +150,3 @@ def test_checkpoint_holds_plain_data_only(checkpoint):
     assert model["name"] == "test_vit"
     assert model["num_classes"] == 3
     assert type(content["datamodule_hyper_parameters"]["options"]) is dict
-
-
-def test_precision_follows_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert setup._precision("auto") == setup._precision("gpu") == "bf16-mixed"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert setup._precision("auto") == "32-true"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert setup._precision("cpu") == "32-true"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert setup._precision("auto") == "32-true"
