@@ -5,20 +5,30 @@ holds `rpb * log2(e)` where the query attends to the key and -inf elsewhere. Til
 an entry, so the table stays small whatever the map's size, and it is read with whole vectors;
 fetching the bias score by score costs as much as the attention itself.
 
-Shape: [heads (1 without a bias), row types, column types, strips, tile tokens, strip tokens].
+Shape: [heads (1 without a bias), types of all axes, strips, tile tokens, strip tokens].
 """
 
+from math import prod
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from neighborhood_attention.backends.triton.launch import window_arguments
-from neighborhood_attention.backends.triton.tiles import TilePlan
+from neighborhood_attention.backends.triton.launch import (
+    Launch,
+    Problem,
+    plan_arguments,
+    window_arguments,
+)
+from neighborhood_attention.backends.triton.tiles import TilePlan, three_axes
 from neighborhood_attention.backends.triton.window import (
     attending_end,
     attending_start,
     bias_index,
+    block_positions,
     group_length,
+    strip_start,
     table_block,
     tile_range,
     window_end,
@@ -27,55 +37,72 @@ from neighborhood_attention.backends.triton.window import (
 from neighborhood_attention.geometry import Neighborhood
 
 
-def build_bias_table(
-    rpb: Tensor | None, window: Neighborhood, spatial: tuple[int, ...], plan: TilePlan, like: Tensor
-) -> Tensor:
-    """The table in the dtype and on the device of `like`."""
-    heads = 1 if rpb is None else rpb.shape[0]
-    types = plan.rows.types, plan.columns.types
-    table = like.new_empty(heads, *types, plan.strips, plan.tile_tokens, plan.strip_tokens)
-    _build_kernel[(plan.strips, types[0] * types[1], heads)](
-        table if rpb is None else rpb.contiguous(), table, *spatial, types[1],
-        HAS_BIAS=rpb is not None, OF_KEYS=plan.of_keys,
-        **window_arguments(window), **plan.arguments(),
-    )  # fmt: skip
-    return table
+class BiasTable:
+    """Builds the table of a problem in the dtype of its query."""
+
+    def __init__(self, problem: Problem, window: Neighborhood, plan: TilePlan) -> None:
+        heads = 1 if problem.rpb is None else problem.rpb.shape[0]
+        types, strips = tuple(axis.types for axis in plan.axes), prod(plan.strips)
+        self.entry = prod(types) * strips * prod(plan.tile.tile) * prod(plan.tile.strip)
+        self._elements = heads * self.entry
+        self._dtype, self._device = problem.query.dtype, problem.device
+        self._launch = Launch(
+            _build_kernel,
+            (prod(types) * strips * heads),
+            {
+                "heads": heads, "size": three_axes(problem.spatial), "types": types,
+                "OF_KEYS": plan.of_keys, **window_arguments(window), **plan_arguments(plan),
+            },
+        )  # fmt: skip
+
+    def build(self, rpb: Tensor | None) -> Tensor:
+        """The table, flat."""
+        table = torch.empty(self._elements, dtype=self._dtype, device=self._device)
+        self._launch(None if rpb is None else rpb.contiguous(), table)
+        return table
+
+    @property
+    def head_stride(self) -> int:
+        """From one head's table to the next's; 0 where all share one."""
+        return 0 if self._elements == self.entry else self.entry
 
 
 @triton.jit
 def _build_kernel(
-    rpb, table, height, width, column_types,
-    row_tiles, column_tiles, front_h, back_h, front_w, back_w,
-    KERNEL_SIZE_H: tl.constexpr, KERNEL_SIZE_W: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    IS_CAUSAL_H: tl.constexpr, IS_CAUSAL_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
-    COLUMN_STRIPS: tl.constexpr, STRIPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, OF_KEYS: tl.constexpr,
+    rpb, table, heads, size, types, tiles, front, back,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One strip of one entry. Grid: (strips, row types * column types, heads)."""
-    strip, entry, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m = tl.arange(0, TILE_H * TILE_W)[:, None]
-    n = tl.arange(0, STRIP_H * STRIP_W)[None, :]
+    """One strip of one entry. Grid: (heads * types * strips,)."""
+    ALL_STRIPS: tl.constexpr = STRIPS[0] * STRIPS[1] * STRIPS[2]
+    block = tl.program_id(0)
+    first = strip_start(block % ALL_STRIPS, (0, 0, 0), STRIP, STRIPS)
+    entry = block // ALL_STRIPS % (types[0] * types[1] * types[2])
+    head = block // ALL_STRIPS // (types[0] * types[1] * types[2])
+    inner = block_positions(TILE, tl.arange(0, TILE[0] * TILE[1] * TILE[2]))
+    outer = block_positions(STRIP, tl.arange(0, STRIP[0] * STRIP[1] * STRIP[2]))
+    attends_d, index_d = _axis_block(
+        entry // (types[1] * types[2]), inner[0], first[0] + outer[0], size[0], front[0], back[0],
+        KERNEL_SIZE[0], STRIDE[0], DILATION[0], IS_CAUSAL[0], TILE[0], OF_KEYS,
+    )  # fmt: skip
     attends_h, index_h = _axis_block(
-        entry // column_types, m // TILE_W, strip // COLUMN_STRIPS * STRIP_H + n // STRIP_W,
-        height, front_h, back_h,
-        KERNEL_SIZE_H, STRIDE_H, DILATION_H, IS_CAUSAL_H, TILE_H, OF_KEYS,
+        entry // types[2] % types[1], inner[1], first[1] + outer[1], size[1], front[1], back[1],
+        KERNEL_SIZE[1], STRIDE[1], DILATION[1], IS_CAUSAL[1], TILE[1], OF_KEYS,
     )  # fmt: skip
     attends_w, index_w = _axis_block(
-        entry % column_types, m % TILE_W, strip % COLUMN_STRIPS * STRIP_W + n % STRIP_W,
-        width, front_w, back_w,
-        KERNEL_SIZE_W, STRIDE_W, DILATION_W, IS_CAUSAL_W, TILE_W, OF_KEYS,
+        entry % types[2], inner[2], first[2] + outer[2], size[2], front[2], back[2],
+        KERNEL_SIZE[2], STRIDE[2], DILATION[2], IS_CAUSAL[2], TILE[2], OF_KEYS,
     )  # fmt: skip
-    attends = attends_h & attends_w
-    bias = tl.zeros((TILE_H * TILE_W, STRIP_H * STRIP_W), tl.float32)
-    if HAS_BIAS:
-        index = (head * (2 * KERNEL_SIZE_H - 1) + index_h) * (2 * KERNEL_SIZE_W - 1) + index_w
+    attends = attends_d & attends_h & attends_w
+    bias = tl.zeros(attends.shape, tl.float32)
+    if rpb is not None:
+        index = head * (2 * KERNEL_SIZE[0] - 1) + index_d
+        index = index * (2 * KERNEL_SIZE[1] - 1) + index_h
+        index = index * (2 * KERNEL_SIZE[2] - 1) + index_w
         bias += tl.load(rpb + index, mask=attends, other=0.0).to(tl.float32) * 1.4426950408889634
     bias = tl.where(attends, bias, float("-inf")).to(table.dtype.element_ty)
-    block = ((head * tl.num_programs(1) + entry) * tl.num_programs(0) + strip).to(tl.int64)
-    tl.store(table_block(table, block, 1, TILE_H * TILE_W, STRIP_H * STRIP_W), bias)
+    tl.store(table_block(table, block, attends.shape[0], attends.shape[1]), bias)
 
 
 @triton.jit
@@ -92,8 +119,8 @@ def _axis_block(
     tiles = (length + TILE - 1) // TILE
     tile = entry + (entry > front) * (tiles - back - front - 1)  # a tile of this type
     start, _ = tile_range(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, OF_KEYS)
-    inner = tile * TILE + tile_token
-    outer = start + strip_token
+    inner = (tile * TILE + tile_token)[:, None]
+    outer = (start + strip_token)[None, :]
     if OF_KEYS:
         first = attending_start(inner, KERNEL_SIZE, STRIDE, IS_CAUSAL)
         end = attending_end(inner, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)

@@ -1,4 +1,8 @@
-"""The fused backend: one kernel forward, four backward, for 2-D problems on a GPU."""
+"""The fused backend: 1-D, 2-D and 3-D on a GPU, one kernel forward, three backward or more."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -6,39 +10,41 @@ from torch import Tensor
 
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton import fused_backward, fused_forward
+from neighborhood_attention.backends.triton.launch import with_contiguous_heads
 from neighborhood_attention.geometry import Neighborhood
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+_NOTHING = nullcontext()
+MIN_CAPABILITY = (8, 0)  # Triton's own limit
 
 
 def supports(inputs: Inputs, window: Neighborhood) -> str | None:
     """Why this backend cannot run the problem; None when it can."""
-    query, key, value = inputs[:3]
+    query = inputs.query
     if not query.is_cuda and not triton.knobs.runtime.interpret:
         return f"needs tensors on a GPU, got {query.device.type}; use backend='reference'"
-    if query.is_cuda and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(query.device)
-        if capability < (8, 0):  # Triton's own limit
-            return f"needs a GPU of compute capability 8.0 or more, not {capability}"
+    if query.is_cuda and not _has_capability(query.device):
+        return f"needs a GPU of compute capability {MIN_CAPABILITY} or more"
     if query.dtype not in _DTYPES:
         return f"supports fp16, bf16 and fp32, not {query.dtype}; use backend='reference'"
-    if window.dims != 2:
-        return f"supports 2-D problems so far, not {window.dims}-D"
-    if query.shape[-1] > 256:
-        return f"supports head dimensions up to 256, not {query.shape[-1]}"
-    if value.shape[-1] != query.shape[-1]:
-        return f"supports one head dimension so far, not {query.shape[-1]} and {value.shape[-1]}"
-    if key.shape[-2] != query.shape[-2]:
-        return f"supports a key head for each query head so far, not {key.shape[-2]} in all"
-    if inputs.additional_keys is not None:
-        return "does not support additional keys so far"
+    head_dim = max(query.shape[-1], inputs.value.shape[-1])
+    if head_dim > MAX_HEAD_DIM:
+        return f"supports head dimensions up to {MAX_HEAD_DIM}, not {head_dim}"
     return None
 
 
+@cache
+def _has_capability(device: torch.device) -> bool:
+    return torch.version.hip is not None or (
+        torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+    )
+
+
 def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp."""
-    with torch.cuda.device_of(inputs.query):  # Triton launches on the current GPU
-        return fused_forward.forward(*inputs[:4], window, scale)
+    """See `fused_forward`."""
+    with _on_device_of(inputs.query):
+        return fused_forward.forward(_launchable(inputs), window, scale)
 
 
 def backward(
@@ -51,10 +57,32 @@ def backward(
     scale: float,
     gradients: Inputs,
 ) -> None:
-    """Fills the gradients."""
-    with torch.cuda.device_of(inputs.query):
-        grad_rpb = fused_backward.backward(
-            grad_output, grad_lse, *inputs[:4], output, lse, window, scale, *gradients[:3]
+    """See `fused_backward`."""
+    if grad_output.numel() == 0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+        return
+    grad_output = with_contiguous_heads(grad_output)
+    with _on_device_of(inputs.query):
+        fused_backward.backward(
+            grad_output, grad_lse, _launchable(inputs), output, lse, window, scale, gradients
         )
-    if gradients.rpb is not None and grad_rpb is not None:
-        gradients.rpb.copy_(grad_rpb)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, which need not be that of the tensors."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device_of(tensor)
+
+
+def _launchable(inputs: Inputs) -> Inputs:
+    """Heads contiguous; no additional keys instead of zero of them."""
+    query, key, value, rpb, keys, values = inputs
+    query, key, value = map(with_contiguous_heads, (query, key, value))
+    if keys is None or values is None or keys.shape[1] == 0:
+        return Inputs(query, key, value, rpb)
+    return Inputs(
+        query, key, value, rpb, with_contiguous_heads(keys), with_contiguous_heads(values)
+    )

@@ -7,38 +7,68 @@
 
 No kernel needs an atomic operation, so equal inputs give equal bits:
 
-    query gradient   A program owns a tile of queries and walks over strips of keys, as in the
-                     forward; it also stores delta.
-    key gradient     A program owns a tile of keys and walks over strips of the queries that attend
-                     to them. All products have the keys in rows: to transpose the result of a
-                     product is slow on Hopper and, before Triton 3.7.1, wrong.
-    bias gradient    See `fused_bias_gradient`.
+    query gradient        A program owns a tile of queries and walks over strips of keys, as in the
+                          forward; it also stores delta.
+    key gradient          A program owns a tile of keys and walks over strips of the queries that
+                          attend to them. All products have the keys in rows: to transpose the
+                          result of a product is slow on Hopper and, before Triton 3.7.1, wrong.
+    bias gradient         See `fused_bias_gradient`, `fused_query_bias_gradient`.
+    additional gradient   See `fused_additional_gradient`.
+    all in one            See `fused_whole_group`.
 """
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from neighborhood_attention.backends.triton.bias_table import build_bias_table
-from neighborhood_attention.backends.triton.fused_bias_gradient import bias_gradient
-from neighborhood_attention.backends.triton.launch import (
-    block_arguments,
-    window_arguments,
-    with_contiguous_heads,
+from neighborhood_attention.backends import Inputs
+from neighborhood_attention.backends.triton.bias_table import BiasTable
+from neighborhood_attention.backends.triton.fused_additional_gradient import AdditionalGradient
+from neighborhood_attention.backends.triton.fused_bias_gradient import BiasGradient
+from neighborhood_attention.backends.triton.fused_query_bias_gradient import (
+    MAX_STRIPS,
+    QueryBiasGradient,
 )
-from neighborhood_attention.backends.triton.tiles import choose_tiles, plan_tiles
+from neighborhood_attention.backends.triton.fused_whole_group import WholeGroupGradient
+from neighborhood_attention.backends.triton.launch import (
+    CACHED_PROBLEMS,
+    Launch,
+    Layout,
+    Problem,
+    describe,
+    layout,
+    plan_arguments,
+    window_arguments,
+)
+from neighborhood_attention.backends.triton.tiles import (
+    Tile,
+    TilePlan,
+    choose_tiles,
+    plan_tiles,
+)
 from neighborhood_attention.backends.triton.window import (
+    additional_scores,
     block_tokens,
-    group_length,
+    count_strips,
+    group_lengths,
+    load_additional,
     load_tokens,
     locate_tile,
     masked_gradient,
     masked_scores,
     store_tokens,
+    strip_start,
     table_block,
     table_entry,
-    tile_range,
+    tile_ranges,
+    tile_tokens,
+    token_index,
     token_offsets,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -47,209 +77,254 @@ from neighborhood_attention.geometry import Neighborhood
 def backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
+    inputs: Inputs,
     output: Tensor,
     lse: Tensor,
     window: Neighborhood,
     scale: float,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-) -> Tensor | None:
-    """Fills the gradient buffers, strided or not; returns the bias's gradient."""
-    batch, height, width, heads, _ = query.shape
-    tiles = choose_tiles(query, window)
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-    tensors = with_contiguous_heads(query, key, value, grad_output)
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:4]]
-    settings = {
-        **window_arguments(window),
-        **block_arguments(*tensors, grad_query, grad_key, grad_value),
-    }
+    gradients: Inputs,
+) -> None:
+    """Fills the gradients, strided or not."""
+    query, key, value, rpb, *additional = inputs
+    grads = tuple(map(layout, (grad_output, *gradients[:3])))
+    launches = _prepare(describe(inputs), grads, window, scale, gradients.rpb is not None)
+    tensors = query, key, value, grad_output
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    saved = output, lse, grad_lse
+    if launches.whole_group is not None:
+        launches.whole_group.fill(*gradients[:4], rpb, *tensors, *saved)
+        return
+    delta = torch.empty_like(lse)
+    if launches.query_bias_gradient is not None:
+        launches.query_bias_gradient.fill(
+            gradients.query, gradients.rpb, delta, rpb, *tensors, *saved
+        )
+    else:
+        table, launch = launches.query_gradient
+        launch(*tensors, *additional, *saved, delta, table.build(rpb), gradients.query)
+    table, launch = launches.key_gradient
+    launch(*tensors, lse, delta, table.build(rpb), gradients.key, gradients.value)
+    if launches.bias_gradient is not None:
+        launches.bias_gradient.fill(gradients.rpb, rpb, *tensors, lse, delta)
+    if gradients.additional_keys is not None and additional[0] is not None:
+        launches.additional_gradient.fill(
+            *gradients[4:], query, grad_output, *additional, lse, delta
+        )
 
-    plan = plan_tiles(tiles.query_gradient, window, (height, width), of_keys=False)
-    table = build_bias_table(rpb, window, (height, width), plan, query)
-    _query_gradient_kernel[(batch * plan.programs * heads,)](
-        *tensors, output, lse, delta if grad_lse is None else grad_lse.contiguous(), delta,
-        table, grad_query,
-        *strides, *grad_query.stride()[:4], 0 if rpb is None else table.stride(0),
-        height, width, heads, scale, HAS_GRAD_LSE=grad_lse is not None,
-        **plan.arguments(), **settings, **plan.tile.options,
-    )  # fmt: skip
-    plan = plan_tiles(tiles.key_gradient, window, (height, width), of_keys=True)
-    table = build_bias_table(rpb, window, (height, width), plan, query)
-    _key_gradient_kernel[(batch * plan.programs * heads,)](
-        *tensors, lse, delta, table, grad_key, grad_value,
-        *strides, *grad_key.stride()[:4], *grad_value.stride()[:4],
-        0 if rpb is None else table.stride(0),
-        height, width, heads, scale,
-        **plan.arguments(), **settings, **plan.tile.options,
-    )  # fmt: skip
-    if rpb is None:
-        return None
-    return bias_gradient(tensors, rpb, lse, delta, window, scale, tiles.bias_gradient)
+
+@dataclass(frozen=True)
+class _Launches:
+    """The launches of a backward pass; None where there is nothing to do, or another does it."""
+
+    whole_group: Any = None  # WholeGroupGradient
+    query_gradient: Any = None  # BiasTable, Launch
+    query_bias_gradient: Any = None  # QueryBiasGradient
+    key_gradient: Any = None  # BiasTable, Launch
+    bias_gradient: Any = None  # BiasGradient
+    additional_gradient: Any = None  # AdditionalGradient
+
+
+@lru_cache(CACHED_PROBLEMS)
+def _prepare(
+    description: tuple[Any, ...],
+    grads: tuple[Any, ...],
+    window: Neighborhood,
+    scale: float,
+    needs_bias: bool,
+) -> _Launches:
+    problem = Problem.of(description)
+    layouts = (Layout(*grad) for grad in grads)
+    names = "grad_output", "grad_query", "grad_key", "grad_value"
+    settings = {
+        "scale": scale, **problem.map_arguments(**dict(zip(names, layouts, strict=True))),
+        **problem.head_arguments, **problem.additional_arguments, **window_arguments(window),
+    }  # fmt: skip
+    tiles = choose_tiles(problem, window)
+    batch, *spatial, heads, _ = problem.query.shape
+    key_heads = problem.key.shape[-2]
+    additional = problem.additional_keys
+
+    def plan(tile: Tile, of_keys: bool) -> TilePlan:
+        return plan_tiles(tile, window, tuple(spatial), of_keys)
+
+    def prepare(kernel: Any, tile: Tile, of_keys: bool) -> tuple[BiasTable, Launch]:
+        tile_plan = plan(tile, of_keys)
+        table = BiasTable(problem, window, tile_plan)
+        programs = batch * tile_plan.programs * (key_heads if of_keys else heads)
+        arguments = {**settings, **plan_arguments(tile_plan), "table_stride": table.head_stride}
+        return table, Launch(kernel, programs, arguments, **tile.options)
+
+    whole = tiles.whole_group and plan(tiles.whole_group, of_keys=True)
+    if whole and whole.holds_groups and heads == key_heads and additional is None:
+        return _Launches(whole_group=WholeGroupGradient(problem, window, whole, settings))
+
+    query_gradient = query_bias_gradient = bias_gradient = None
+    summed = tiles.query_bias_gradient and plan(tiles.query_bias_gradient, of_keys=False)
+    if needs_bias and summed and prod(summed.strips) <= MAX_STRIPS and additional is None:
+        query_bias_gradient = QueryBiasGradient(problem, window, summed, settings)
+    else:
+        query_gradient = prepare(_query_gradient_kernel, tiles.query_gradient, of_keys=False)
+        if needs_bias:
+            bias_gradient = BiasGradient(problem, window, tiles.bias_gradient, settings)
+    return _Launches(
+        query_gradient=query_gradient,
+        query_bias_gradient=query_bias_gradient,
+        key_gradient=prepare(_key_gradient_kernel, tiles.key_gradient, of_keys=True),
+        bias_gradient=bias_gradient,
+        additional_gradient=additional
+        and AdditionalGradient(problem, additional.shape[1], settings),
+    )
 
 
 @triton.jit
 def _query_gradient_kernel(
-    query, key, value, grad_output, output, lse, grad_lse, delta, table, grad_query,
-    query_b, query_h, query_w, query_n, key_b, key_h, key_w, key_n,
-    value_b, value_h, value_w, value_n,
-    grad_output_b, grad_output_h, grad_output_w, grad_output_n,
-    grad_query_b, grad_query_h, grad_query_w, grad_query_n, table_n,
-    height, width, heads, scale, HAS_GRAD_LSE: tl.constexpr,
-    row_tiles, column_tiles, front_h, back_h, front_w, back_w,
-    KERNEL_SIZE_H: tl.constexpr, KERNEL_SIZE_W: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    IS_CAUSAL_H: tl.constexpr, IS_CAUSAL_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
-    COLUMN_STRIPS: tl.constexpr, STRIPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    query, key, value, grad_output, additional_key, additional_value,
+    output, lse, grad_lse, delta, table, grad_query,
+    query_strides, key_strides, value_strides, grad_output_strides, grad_query_strides,
+    additional_key_strides, additional_value_strides, additional_count,
+    table_stride, size, heads, heads_per_key, scale, tiles, front, back,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
-    batch, head, group_h, group_w, tile_h, tile_w = locate_tile(
-        heads, row_tiles, column_tiles, DILATION_H, DILATION_W
-    )
-    length_h = group_length(group_h, height, DILATION_H)
-    length_w = group_length(group_w, width, DILATION_W)
-    start_h, end_h = tile_range(
-        tile_h, length_h, KERNEL_SIZE_H, STRIDE_H, IS_CAUSAL_H, TILE_H, False
-    )
-    start_w, _ = tile_range(tile_w, length_w, KERNEL_SIZE_W, STRIDE_W, IS_CAUSAL_W, TILE_W, False)
-    entry = table_entry(
-        tile_h, tile_w, group_h, group_w, height, width, length_h, length_w,
-        front_h, back_h, front_w, back_w, DILATION_H, DILATION_W, TILE_H, TILE_W,
-    )  # fmt: skip
-    query_row, query_column, is_query = block_tokens(
-        tile_h * TILE_H, tile_w * TILE_W, length_h, length_w, group_h, group_w,
-        DILATION_H, DILATION_W, TILE_H, TILE_W,
-    )  # fmt: skip
+    TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    image, head, group, tile = locate_tile(heads, tiles, DILATION)
+    length = group_lengths(group, size, DILATION)
+    start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
+    entry = table_entry(tile, group, size, length, front, back, DILATION, TILE)
+    query_token, is_query = tile_tokens(tile, length, group, DILATION, TILE)
 
-    query += batch * query_b + head * query_n
-    key += batch * key_b + head * key_n
-    value += batch * value_b + head * value_n
-    grad_output += batch * grad_output_b + head * grad_output_n
-    grad_query += batch * grad_query_b + head * grad_query_n
-    first_token = batch * height * width * heads + head
-    output += first_token * HEAD_DIM
+    key_head = head // heads_per_key
+    query += image * query_strides[0] + head * query_strides[4]
+    key += image * key_strides[0] + key_head * key_strides[4]
+    value += image * value_strides[0] + key_head * value_strides[4]
+    grad_output += image * grad_output_strides[0] + head * grad_output_strides[4]
+    grad_query += image * grad_query_strides[0] + head * grad_query_strides[4]
+    first_token = image * size[0] * size[1] * size[2] * heads + head
+    output += first_token * VALUE_DIM
     lse += first_token
-    grad_lse += first_token
     delta += first_token
-    table = table_block(table + head * table_n, entry, STRIPS, TILE_H * TILE_W, STRIP_H * STRIP_W)
+    entry *= STRIPS[0] * STRIPS[1] * STRIPS[2]
+    table = table_block(table + head * table_stride, entry, TILE_TOKENS, STRIP_TOKENS)
 
-    token = token_offsets(query_row, query_column, width * heads, heads, WIDE)
-    query_offsets = token_offsets(query_row, query_column, query_h, query_w, WIDE)
+    token = token_index(query_token, size, heads, WIDE)
+    query_offsets = token_offsets(query_token, query_strides, WIDE)
     q = load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D)
-    grad_output_offsets = token_offsets(query_row, query_column, grad_output_h, grad_output_w, WIDE)
-    do = load_tokens(grad_output, grad_output_offsets, is_query, HEAD_DIM, BLOCK_D)
-    o = load_tokens(output, token * HEAD_DIM, is_query, HEAD_DIM, BLOCK_D)
+    grad_offsets = token_offsets(query_token, grad_output_strides, WIDE)
+    do = load_tokens(grad_output, grad_offsets, is_query, VALUE_DIM, BLOCK_V)
+    o = load_tokens(output, token * VALUE_DIM, is_query, VALUE_DIM, BLOCK_V)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if HAS_GRAD_LSE:
-        row_delta -= tl.load(grad_lse + token, mask=is_query, other=0.0)
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + first_token + token, mask=is_query, other=0.0)
     tl.store(delta + token, row_delta, mask=is_query)
     row_lse = tl.load(lse + token, mask=is_query, other=0.0) * 1.4426950408889634
-    dq = tl.zeros((TILE_H * TILE_W, BLOCK_D), tl.float32)
+    dq = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
 
-    for strip in range(tl.cdiv(end_h - start_h, STRIP_H) * COLUMN_STRIPS):
-        key_row, key_column, is_key = block_tokens(
-            start_h + strip // COLUMN_STRIPS * STRIP_H, start_w + strip % COLUMN_STRIPS * STRIP_W,
-            length_h, length_w, group_h, group_w, DILATION_H, DILATION_W, STRIP_H, STRIP_W,
-        )  # fmt: skip
-        key_offsets = token_offsets(key_row, key_column, key_h, key_w, WIDE)
+    if additional_key is not None:
+        for first_key in range(0, additional_count, STRIP_TOKENS):
+            k = load_additional(
+                additional_key, additional_key_strides, image, key_head, first_key,
+                additional_count, STRIP_TOKENS, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+            v = load_additional(
+                additional_value, additional_value_strides, image, key_head, first_key,
+                additional_count, STRIP_TOKENS, VALUE_DIM, BLOCK_V,
+            )  # fmt: skip
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = additional_scores(dots, scale, first_key, additional_count, STRIP_TOKENS)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    for strip in range(count_strips(start, end, STRIP, STRIPS)):
+        first = strip_start(strip, start, STRIP, STRIPS)
+        key_token, is_key = block_tokens(first, length, group, DILATION, STRIP)
+        key_offsets = token_offsets(key_token, key_strides, WIDE)
+        value_offsets = token_offsets(key_token, value_strides, WIDE)
         k = load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D)
-        value_offsets = token_offsets(key_row, key_column, value_h, value_w, WIDE)
-        v = load_tokens(value, value_offsets, is_key, HEAD_DIM, BLOCK_D)
-        bias = tl.load(table + strip * (TILE_H * TILE_W * STRIP_H * STRIP_W)).to(tl.float32)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        v = load_tokens(value, value_offsets, is_key, VALUE_DIM, BLOCK_V)
+        bias = tl.load(table + strip * (TILE_TOKENS * STRIP_TOKENS)).to(tl.float32)
+
+        s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        p = tl.exp2(masked_scores(s, scale, bias) - row_lse[:, None])
-        ds = masked_gradient(p, dp, bias, row_delta[:, None])
+        p = tl.exp2(s - row_lse[:, None])
+        ds = masked_gradient(p, dp, row_delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    grad_query_offsets = token_offsets(query_row, query_column, grad_query_h, grad_query_w, WIDE)
+    grad_query_offsets = token_offsets(query_token, grad_query_strides, WIDE)
     store_tokens(grad_query, grad_query_offsets, is_query, dq * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _key_gradient_kernel(
     query, key, value, grad_output, lse, delta, table, grad_key, grad_value,
-    query_b, query_h, query_w, query_n, key_b, key_h, key_w, key_n,
-    value_b, value_h, value_w, value_n,
-    grad_output_b, grad_output_h, grad_output_w, grad_output_n,
-    grad_key_b, grad_key_h, grad_key_w, grad_key_n,
-    grad_value_b, grad_value_h, grad_value_w, grad_value_n, table_n,
-    height, width, heads, scale, row_tiles, column_tiles, front_h, back_h, front_w, back_w,
-    KERNEL_SIZE_H: tl.constexpr, KERNEL_SIZE_W: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    IS_CAUSAL_H: tl.constexpr, IS_CAUSAL_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
-    COLUMN_STRIPS: tl.constexpr, STRIPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    query_strides, key_strides, value_strides, grad_output_strides,
+    grad_key_strides, grad_value_strides,
+    table_stride, size, heads, heads_per_key, scale, tiles, front, back,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. Grid: (images * dilation groups * tiles * heads,)."""
-    batch, head, group_h, group_w, tile_h, tile_w = locate_tile(
-        heads, row_tiles, column_tiles, DILATION_H, DILATION_W
-    )
-    length_h = group_length(group_h, height, DILATION_H)
-    length_w = group_length(group_w, width, DILATION_W)
-    start_h, end_h = tile_range(
-        tile_h, length_h, KERNEL_SIZE_H, STRIDE_H, IS_CAUSAL_H, TILE_H, True
-    )
-    start_w, _ = tile_range(tile_w, length_w, KERNEL_SIZE_W, STRIDE_W, IS_CAUSAL_W, TILE_W, True)
-    entry = table_entry(
-        tile_h, tile_w, group_h, group_w, height, width, length_h, length_w,
-        front_h, back_h, front_w, back_w, DILATION_H, DILATION_W, TILE_H, TILE_W,
-    )  # fmt: skip
-    key_row, key_column, is_key = block_tokens(
-        tile_h * TILE_H, tile_w * TILE_W, length_h, length_w, group_h, group_w,
-        DILATION_H, DILATION_W, TILE_H, TILE_W,
-    )  # fmt: skip
+    """One tile of keys. Grid: (images * dilation groups * tiles * key heads,)."""
+    TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    image, key_head, group, tile = locate_tile(heads // heads_per_key, tiles, DILATION)
+    length = group_lengths(group, size, DILATION)
+    start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, True)
+    entry = table_entry(tile, group, size, length, front, back, DILATION, TILE)
+    key_token, is_key = tile_tokens(tile, length, group, DILATION, TILE)
 
-    query += batch * query_b + head * query_n
-    key += batch * key_b + head * key_n
-    value += batch * value_b + head * value_n
-    grad_output += batch * grad_output_b + head * grad_output_n
-    grad_key += batch * grad_key_b + head * grad_key_n
-    grad_value += batch * grad_value_b + head * grad_value_n
-    lse += batch * height * width * heads + head
-    delta += batch * height * width * heads + head
-    table = table_block(table + head * table_n, entry, STRIPS, TILE_H * TILE_W, STRIP_H * STRIP_W)
+    query += image * query_strides[0]
+    key += image * key_strides[0] + key_head * key_strides[4]
+    value += image * value_strides[0] + key_head * value_strides[4]
+    grad_output += image * grad_output_strides[0]
+    grad_key += image * grad_key_strides[0] + key_head * grad_key_strides[4]
+    grad_value += image * grad_value_strides[0] + key_head * grad_value_strides[4]
+    lse += image * size[0] * size[1] * size[2] * heads
+    delta += image * size[0] * size[1] * size[2] * heads
+    entry *= STRIPS[0] * STRIPS[1] * STRIPS[2]
+    table = table_block(table, entry, TILE_TOKENS, STRIP_TOKENS)
 
-    key_offsets = token_offsets(key_row, key_column, key_h, key_w, WIDE)
+    key_offsets = token_offsets(key_token, key_strides, WIDE)
+    value_offsets = token_offsets(key_token, value_strides, WIDE)
     k = load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D)
-    value_offsets = token_offsets(key_row, key_column, value_h, value_w, WIDE)
-    v = load_tokens(value, value_offsets, is_key, HEAD_DIM, BLOCK_D)
-    dk = tl.zeros((TILE_H * TILE_W, BLOCK_D), tl.float32)
-    dv = tl.zeros((TILE_H * TILE_W, BLOCK_D), tl.float32)
+    v = load_tokens(value, value_offsets, is_key, VALUE_DIM, BLOCK_V)
+    dk = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
+    dv = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)
 
-    for strip in range(tl.cdiv(end_h - start_h, STRIP_H) * COLUMN_STRIPS):
-        query_row, query_column, is_query = block_tokens(
-            start_h + strip // COLUMN_STRIPS * STRIP_H, start_w + strip % COLUMN_STRIPS * STRIP_W,
-            length_h, length_w, group_h, group_w, DILATION_H, DILATION_W, STRIP_H, STRIP_W,
-        )  # fmt: skip
-        token = token_offsets(query_row, query_column, width * heads, heads, WIDE)
-        query_offsets = token_offsets(query_row, query_column, query_h, query_w, WIDE)
-        q = load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D)
-        grad_output_offsets = token_offsets(
-            query_row, query_column, grad_output_h, grad_output_w, WIDE
-        )
-        do = load_tokens(grad_output, grad_output_offsets, is_query, HEAD_DIM, BLOCK_D)
-        row_lse = tl.load(lse + token, mask=is_query, other=0.0) * 1.4426950408889634
-        row_delta = tl.load(delta + token, mask=is_query, other=0.0)
-        bias = tl.load(table + strip * (TILE_H * TILE_W * STRIP_H * STRIP_W)).to(tl.float32)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p = tl.exp2(masked_scores(s, scale, bias) - row_lse[None, :])
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = masked_gradient(p, dp, bias, row_delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    for head in range(key_head * heads_per_key, (key_head + 1) * heads_per_key):
+        for strip in range(count_strips(start, end, STRIP, STRIPS)):
+            first = strip_start(strip, start, STRIP, STRIPS)
+            query_token, is_query = block_tokens(first, length, group, DILATION, STRIP)
+            query_offsets = token_offsets(query_token, query_strides, WIDE)
+            grad_offsets = token_offsets(query_token, grad_output_strides, WIDE)
+            token = token_index(query_token, size, heads, WIDE)
+            q = load_tokens(
+                query + head * query_strides[4], query_offsets, is_query, HEAD_DIM, BLOCK_D
+            )
+            do = load_tokens(
+                grad_output + head * grad_output_strides[4], grad_offsets, is_query,
+                VALUE_DIM, BLOCK_V,
+            )  # fmt: skip
+            row_lse = tl.load(lse + head + token, mask=is_query, other=0.0) * 1.4426950408889634
+            row_delta = tl.load(delta + head + token, mask=is_query, other=0.0)
+            bias = tl.load(table + head * table_stride + strip * (TILE_TOKENS * STRIP_TOKENS))
+            bias = bias.to(tl.float32)
 
-    grad_key_offsets = token_offsets(key_row, key_column, grad_key_h, grad_key_w, WIDE)
-    store_tokens(grad_key, grad_key_offsets, is_key, dk * scale, HEAD_DIM, BLOCK_D)
-    grad_value_offsets = token_offsets(key_row, key_column, grad_value_h, grad_value_w, WIDE)
-    store_tokens(grad_value, grad_value_offsets, is_key, dv, HEAD_DIM, BLOCK_D)
+            s = masked_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, bias)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            p = tl.exp2(s - row_lse[None, :])
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = masked_gradient(p, dp, row_delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    key_offsets = token_offsets(key_token, grad_key_strides, WIDE)
+    store_tokens(grad_key, key_offsets, is_key, dk * scale, HEAD_DIM, BLOCK_D)
+    value_offsets = token_offsets(key_token, grad_value_strides, WIDE)
+    store_tokens(grad_value, value_offsets, is_key, dv, VALUE_DIM, BLOCK_V)

@@ -2,215 +2,230 @@
 
 Two stages, each in a fixed order. First, a program owns one strip at one position of the map, walks
 over images and dilation groups, sums ds [queries, keys of the strip] in registers and stores the
-sum once. Then a program for each entry of the bias adds up the pairs of tokens that use it.
+sum once. Then the sums of all positions that share an offset are added up, an offset a program.
 """
 
-from math import ceil
+from math import ceil, prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from neighborhood_attention.backends.triton.bias_table import build_bias_table
-from neighborhood_attention.backends.triton.launch import block_arguments, window_arguments
-from neighborhood_attention.backends.triton.tiles import Tile, plan_tiles
+from neighborhood_attention.backends.triton.bias_table import BiasTable
+from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.tiles import Tile, TilePlan, plan_tiles
 from neighborhood_attention.backends.triton.window import (
+    block_positions,
     block_tokens,
-    group_length,
+    count_items,
+    group_lengths,
+    groups_alike,
     load_tokens,
+    locate_item,
+    locate_position,
     masked_gradient,
     masked_scores,
+    strip_start,
     table_block,
     table_entry,
-    tile_range,
+    tile_ranges,
+    tile_tokens,
+    token_index,
     token_offsets,
 )
 from neighborhood_attention.geometry import Neighborhood
 
-# Enough to fill a large GPU; each costs a block of partial sums.
-TARGET_WARPS = 2048
+# Enough to fill a large GPU.
+TARGET_REDUCTIONS = 128
+# Partial sums that a reducing program reads at a time.
+REDUCED = 4096
 
 
-def bias_gradient(
-    tensors: tuple[Tensor, ...],
-    rpb: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    window: Neighborhood,
-    scale: float,
-    tile: Tile,
-) -> Tensor:
-    """Gradient of `rpb`, like it; `tensors` are query, key, value and the output's gradient."""
-    query = tensors[0]
-    batch, height, width, heads, _ = query.shape
-    plan = plan_tiles(tile, window, (height, width), of_keys=False)
-    table = build_bias_table(rpb, window, (height, width), plan, query)
-    positions = plan.rows.classes * plan.columns.classes * plan.rows.tiles * plan.columns.tiles
-    warps = positions * plan.strips * heads * tile.num_warps
-    splits = max(1, min(batch, ceil(TARGET_WARPS / warps)))
-    partial = torch.empty(
-        splits, heads, positions, plan.strips, plan.tile_tokens, plan.strip_tokens,
-        dtype=torch.float32, device=query.device,
-    )  # fmt: skip
-    settings = {**window_arguments(window), **plan.arguments()}
-    _partial_kernel[(positions * plan.strips, heads, splits)](
-        *tensors, lse, delta, table, partial,
-        *(stride for t in tensors for stride in t.stride()[:4]), table.stride(0),
-        batch, height, width, heads, scale, **settings, **block_arguments(*tensors),
-        **tile.options,
-    )  # fmt: skip
-    gradient = torch.empty(rpb.shape, dtype=rpb.dtype, device=rpb.device)
-    _reduce_kernel[(gradient[0].numel(), heads)](
-        partial, gradient, height, width, positions, splits,
-        **settings, BLOCK=max(1, 2048 // plan.tile_tokens),
-    )  # fmt: skip
-    return gradient
+class BiasGradient:
+    """Fills the gradient of a problem's bias."""
+
+    def __init__(
+        self, problem: Problem, window: Neighborhood, tile: Tile, settings: dict[str, Any]
+    ) -> None:
+        batch, *spatial, heads, _ = problem.query.shape
+        plan = plan_tiles(tile, window, tuple(spatial), of_keys=False)
+        blocks = plan.positions * prod(plan.strips)
+        shares = plan.shares(batch, heads * prod(plan.strips))
+        self._table = BiasTable(problem, window, plan)
+        self._partial = shares * heads * blocks * prod(tile.tile) * prod(tile.strip)
+        self._launch = Launch(
+            _partial_kernel,
+            blocks * heads * shares,
+            {
+                **settings, **plan_arguments(plan), "table_stride": self._table.head_stride,
+                "batch": batch, "shares": shares, "positions": plan.positions,
+            },
+            **tile.options,
+        )  # fmt: skip
+        self._reduction = BiasReduction(problem, plan, shares, settings)
+
+    def fill(self, gradient: Tensor, rpb: Tensor, *tensors: Tensor) -> None:
+        """Fill `gradient`; `tensors` are query, key, value, the output's gradient, lse, delta."""
+        partial = torch.empty(self._partial, dtype=torch.float32, device=rpb.device)
+        self._launch(*tensors, self._table.build(rpb), partial)
+        self._reduction.fill(gradient, partial)
 
 
-@triton.jit
-def _locate_position(
-    position, height, width, row_tiles, column_tiles,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-):  # fmt: skip
-    """Tile, and whether its dilation groups are the short ones, for a position of the map."""
-    tile_w = position % column_tiles
-    tile_h = position // column_tiles % row_tiles
-    classes_w = 1 + (width % DILATION_W > 0)
-    classes = position // (column_tiles * row_tiles)
-    return tile_h, tile_w, classes // classes_w, classes % classes_w
+class BiasReduction:
+    """Adds up the sums of ds [shares, heads, positions, strips, queries, keys] by offset.
+
+    The last two the other way round for a plan of keys.
+    """
+
+    def __init__(
+        self, problem: Problem, plan: TilePlan, shares: int, settings: dict[str, Any]
+    ) -> None:
+        heads = problem.query.shape[-2]
+        *rows, columns = (2 * size - 1 for size in settings["KERNEL_SIZE"])
+        block_columns = triton.next_power_of_2(columns)
+        block_items = max(1, REDUCED // (prod(plan.tile.tile) * block_columns))
+        programs = heads * prod(rows)
+        items = plan.positions * shares
+        self._splits = max(1, min(TARGET_REDUCTIONS // programs, ceil(items / block_items)))
+        self._launch = Launch(
+            _reduce_kernel,
+            programs * self._splits,
+            {
+                **settings, **plan_arguments(plan), "positions": plan.positions, "items": items,
+                "splits": self._splits, "ITEMS": block_items, "COLUMNS": block_columns,
+                "OF_KEYS": plan.of_keys,
+            },
+            num_warps=8,
+        )  # fmt: skip
+
+    def fill(self, gradient: Tensor, partial: Tensor) -> None:
+        """Fill `gradient` from the partial sums."""
+        if self._splits == 1:
+            self._launch(partial, gradient)
+            return
+        sums = partial.new_empty(self._splits, *gradient.shape)
+        self._launch(partial, sums)
+        if gradient.dtype == sums.dtype:
+            torch.sum(sums, 0, out=gradient)
+        else:
+            gradient.copy_(sums.sum(0))
 
 
 @triton.jit
 def _partial_kernel(
     query, key, value, grad_output, lse, delta, table, partial,
-    query_b, query_h, query_w, query_n, key_b, key_h, key_w, key_n,
-    value_b, value_h, value_w, value_n,
-    grad_output_b, grad_output_h, grad_output_w, grad_output_n, table_n,
-    batch, height, width, heads, scale, row_tiles, column_tiles, front_h, back_h, front_w, back_w,
-    KERNEL_SIZE_H: tl.constexpr, KERNEL_SIZE_W: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    IS_CAUSAL_H: tl.constexpr, IS_CAUSAL_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
-    COLUMN_STRIPS: tl.constexpr, STRIPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    query_strides, key_strides, value_strides, grad_output_strides, table_stride,
+    batch, shares, positions, size, heads, heads_per_key, scale, tiles, front, back,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One strip of a position, some of the images. Grid: (positions * strips, heads, splits)."""
-    position, strip = tl.program_id(0) // STRIPS, tl.program_id(0) % STRIPS
-    head, share = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    tile_h, tile_w, short_h, short_w = _locate_position(
-        position, height, width, row_tiles, column_tiles, DILATION_H, DILATION_W
-    )
-    first_group_h, first_group_w = short_h * (height % DILATION_H), short_w * (width % DILATION_W)
-    length_h = group_length(first_group_h, height, DILATION_H)
-    length_w = group_length(first_group_w, width, DILATION_W)
-    # The long groups come first, the short ones follow.
-    groups_h = tl.where(
-        (short_h > 0) | (height % DILATION_H == 0), DILATION_H - first_group_h, height % DILATION_H
-    )
-    groups_w = tl.where(
-        (short_w > 0) | (width % DILATION_W == 0), DILATION_W - first_group_w, width % DILATION_W
-    )
-    start_h, _ = tile_range(tile_h, length_h, KERNEL_SIZE_H, STRIDE_H, IS_CAUSAL_H, TILE_H, False)
-    start_w, _ = tile_range(tile_w, length_w, KERNEL_SIZE_W, STRIDE_W, IS_CAUSAL_W, TILE_W, False)
-    entry = table_entry(
-        tile_h, tile_w, first_group_h, first_group_w, height, width, length_h, length_w,
-        front_h, back_h, front_w, back_w, DILATION_H, DILATION_W, TILE_H, TILE_W,
-    )  # fmt: skip
-    table = table_block(table + head * table_n, entry, STRIPS, TILE_H * TILE_W, STRIP_H * STRIP_W)
-    bias = tl.load(table + strip * (TILE_H * TILE_W * STRIP_H * STRIP_W)).to(tl.float32)
-    total = tl.zeros((TILE_H * TILE_W, STRIP_H * STRIP_W), tl.float32)
+    """One strip at one position, for a share of the images. Grid: (positions * strips * heads *
+    shares,).
+    """
+    TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    ALL_STRIPS: tl.constexpr = STRIPS[0] * STRIPS[1] * STRIPS[2]
+    block = tl.program_id(0)
+    strip = block % ALL_STRIPS
+    tile, group = locate_position(block // ALL_STRIPS % positions, size, tiles, DILATION)
+    head = (block // ALL_STRIPS // positions % heads).to(tl.int64)
+    share = block // ALL_STRIPS // positions // heads
+    groups = groups_alike(group, size, DILATION)
+    length = group_lengths(group, size, DILATION)
+    start, _ = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
+    first = strip_start(strip, start, STRIP, STRIPS)
+    entry = table_entry(tile, group, size, length, front, back, DILATION, TILE) * ALL_STRIPS
+    table = table_block(table + head * table_stride, entry + strip, TILE_TOKENS, STRIP_TOKENS)
+    bias = tl.load(table).to(tl.float32)
+    total = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)
+    query += head * query_strides[4]
+    key += head // heads_per_key * key_strides[4]
+    value += head // heads_per_key * value_strides[4]
+    grad_output += head * grad_output_strides[4]
 
-    # A short group may end before this tile.
-    is_tile = (tile_h * TILE_H < length_h) & (tile_w * TILE_W < length_w)
-    items = tl.where(is_tile, batch * groups_h * groups_w, 0)
-    for item in range(share, items, tl.num_programs(2)):
-        group_w = first_group_w + item % groups_w
-        group_h = first_group_h + item // groups_w % groups_h
-        image = (item // (groups_w * groups_h)).to(tl.int64)
-        query_row, query_column, is_query = block_tokens(
-            tile_h * TILE_H, tile_w * TILE_W, length_h, length_w, group_h, group_w,
-            DILATION_H, DILATION_W, TILE_H, TILE_W,
-        )  # fmt: skip
-        key_row, key_column, is_key = block_tokens(
-            start_h + strip // COLUMN_STRIPS * STRIP_H, start_w + strip % COLUMN_STRIPS * STRIP_W,
-            length_h, length_w, group_h, group_w, DILATION_H, DILATION_W, STRIP_H, STRIP_W,
-        )  # fmt: skip
+    items = count_items(batch, groups, tile, length, TILE)
+    for item in range(share, items, shares):
+        image, this_group = locate_item(item, group, groups)
+        query_token, is_query = tile_tokens(tile, length, this_group, DILATION, TILE)
+        key_token, is_key = block_tokens(first, length, this_group, DILATION, STRIP)
+        query_offsets = token_offsets(query_token, query_strides, WIDE)
+        key_offsets = token_offsets(key_token, key_strides, WIDE)
+        value_offsets = token_offsets(key_token, value_strides, WIDE)
+        grad_offsets = token_offsets(query_token, grad_output_strides, WIDE)
         q = load_tokens(
-            query + image * query_b + head * query_n,
-            token_offsets(query_row, query_column, query_h, query_w, WIDE),
-            is_query, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
+            query + image * query_strides[0], query_offsets, is_query, HEAD_DIM, BLOCK_D
+        )
         do = load_tokens(
-            grad_output + image * grad_output_b + head * grad_output_n,
-            token_offsets(query_row, query_column, grad_output_h, grad_output_w, WIDE),
-            is_query, HEAD_DIM, BLOCK_D,
+            grad_output + image * grad_output_strides[0], grad_offsets, is_query,
+            VALUE_DIM, BLOCK_V,
         )  # fmt: skip
-        k = load_tokens(
-            key + image * key_b + head * key_n,
-            token_offsets(key_row, key_column, key_h, key_w, WIDE),
-            is_key, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-        v = load_tokens(
-            value + image * value_b + head * value_n,
-            token_offsets(key_row, key_column, value_h, value_w, WIDE),
-            is_key, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-        token = token_offsets(query_row, query_column, width * heads, heads, WIDE)
-        token += image * height * width * heads + head
+        k = load_tokens(key + image * key_strides[0], key_offsets, is_key, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + image * value_strides[0], value_offsets, is_key, VALUE_DIM, BLOCK_V)
+        token = token_index(query_token, size, heads, WIDE)
+        token += image * size[0] * size[1] * size[2] * heads + head
         row_lse = tl.load(lse + token, mask=is_query, other=0.0) * 1.4426950408889634
         row_delta = tl.load(delta + token, mask=is_query, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        p = tl.exp2(masked_scores(s, scale, bias) - row_lse[:, None])
-        total += masked_gradient(p, dp, bias, row_delta[:, None])
 
-    positions = tl.num_programs(0) // STRIPS
-    block = ((share * heads + head) * positions + position) * STRIPS + strip
-    tl.store(table_block(partial, block, 1, TILE_H * TILE_W, STRIP_H * STRIP_W), total)
+        s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        p = tl.exp2(s - row_lse[:, None])
+        total += masked_gradient(p, dp, row_delta[:, None])
+
+    tl.store(table_block(partial, block, TILE_TOKENS, STRIP_TOKENS), total)
 
 
 @triton.jit
 def _reduce_kernel(
-    partial, gradient, height, width, positions, splits,
-    row_tiles, column_tiles, front_h, back_h, front_w, back_w,
-    KERNEL_SIZE_H: tl.constexpr, KERNEL_SIZE_W: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    IS_CAUSAL_H: tl.constexpr, IS_CAUSAL_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
-    COLUMN_STRIPS: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
+    partial, gradient, positions, items, splits, size, heads, tiles, front, back,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    ITEMS: tl.constexpr, COLUMNS: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One entry of one head's bias. Grid: (entries, heads)."""
-    entry, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    offset_h = entry // (2 * KERNEL_SIZE_W - 1) - KERNEL_SIZE_H + 1  # key - query
-    offset_w = entry % (2 * KERNEL_SIZE_W - 1) - KERNEL_SIZE_W + 1
-    m = tl.arange(0, TILE_H * TILE_W)[None, :]
-    total = tl.zeros((BLOCK, TILE_H * TILE_W), tl.float32)
-    for first in range(0, positions * splits, BLOCK):
-        item = first + tl.arange(0, BLOCK)[:, None]
-        position = item % positions
-        tile_h, tile_w, short_h, short_w = _locate_position(
-            position, height, width, row_tiles, column_tiles, DILATION_H, DILATION_W
-        )
-        length_h = group_length(short_h * (DILATION_H - 1), height, DILATION_H)
-        length_w = group_length(short_w * (DILATION_W - 1), width, DILATION_W)
-        start_h, _ = tile_range(
-            tile_h, length_h, KERNEL_SIZE_H, STRIDE_H, IS_CAUSAL_H, TILE_H, False
-        )
-        start_w, _ = tile_range(
-            tile_w, length_w, KERNEL_SIZE_W, STRIDE_W, IS_CAUSAL_W, TILE_W, False
-        )
-        # Of the key, counted from the first strip's.
-        row = tile_h * TILE_H + m // TILE_W + offset_h - start_h
-        column = tile_w * TILE_W + m % TILE_W + offset_w - start_w
-        strip = row // STRIP_H * COLUMN_STRIPS + column // STRIP_W
-        is_pair = (row >= 0) & (column >= 0) & (column < COLUMN_STRIPS * STRIP_W) & (strip < STRIPS)
-        share = item // positions
-        block = ((share * heads + head).to(tl.int64) * positions + position) * STRIPS + strip
-        pair = m * (STRIP_H * STRIP_W) + row % STRIP_H * STRIP_W + column % STRIP_W
-        index = block * (TILE_H * TILE_W * STRIP_H * STRIP_W) + pair
-        total += tl.load(partial + index, mask=is_pair & (item < positions * splits), other=0.0)
-    gradient += head * tl.num_programs(0) + entry
-    tl.store(gradient, tl.sum(total).to(gradient.dtype.element_ty))
+    """One head's offsets on all axes but the last. Grid: (offsets * heads * splits,).
+
+    Writes [splits, heads, offsets of all axes].
+    """
+    TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    spans_d: tl.constexpr = 2 * KERNEL_SIZE[0] - 1
+    spans_h: tl.constexpr = 2 * KERNEL_SIZE[1] - 1
+    spans_w: tl.constexpr = 2 * KERNEL_SIZE[2] - 1
+    program = tl.program_id(0)
+    offset_d = program // spans_h % spans_d - KERNEL_SIZE[0] + 1  # key - query
+    offset_h = program % spans_h - KERNEL_SIZE[1] + 1
+    head = program // (spans_d * spans_h) % heads
+    split = program // (spans_d * spans_h) // heads
+    column = tl.arange(0, COLUMNS)[None, :]
+    offset_w = column - KERNEL_SIZE[2] + 1
+    if OF_KEYS:
+        offset_d, offset_h, offset_w = -offset_d, -offset_h, -offset_w
+    i = tl.arange(0, ITEMS * TILE_TOKENS)
+    tile_d, tile_h, tile_w = block_positions(TILE, i % TILE_TOKENS)
+    total = tl.zeros((ITEMS * TILE_TOKENS, COLUMNS), tl.float32)
+    for first in range(split * ITEMS, items, splits * ITEMS):
+        item = first + i // TILE_TOKENS
+        tile, group = locate_position(item % positions, size, tiles, DILATION)
+        length = group_lengths(group, size, DILATION)
+        start, _ = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, OF_KEYS)
+        # The other token's position, counted from the first strip's first token.
+        d = tile[0] * TILE[0] + tile_d + offset_d - start[0]
+        h = tile[1] * TILE[1] + tile_h + offset_h - start[1]
+        w = (tile[2] * TILE[2] + tile_w - start[2])[:, None] + offset_w
+        is_row = (item < items) & (d >= 0) & (h >= 0)
+        is_row &= (d < STRIPS[0] * STRIP[0]) & (h < STRIPS[1] * STRIP[1])
+        is_pair = is_row[:, None] & (w >= 0) & (w < STRIPS[2] * STRIP[2]) & (column < spans_w)
+        strip = ((d // STRIP[0] * STRIPS[1] + h // STRIP[1]) * STRIPS[2])[:, None] + w // STRIP[2]
+        n = ((d % STRIP[0] * STRIP[1] + h % STRIP[1]) * STRIP[2])[:, None] + w % STRIP[2]
+        block = (item // positions * heads + head).to(tl.int64) * positions + item % positions
+        block = block[:, None] * (STRIPS[0] * STRIPS[1] * STRIPS[2]) + strip
+        index = (block * TILE_TOKENS + (i % TILE_TOKENS)[:, None]) * STRIP_TOKENS + n
+        total += tl.load(partial + index, mask=is_pair, other=0.0)
+    sums = tl.sum(total, 0)[None, :].to(gradient.dtype.element_ty)
+    row = program.to(tl.int64) * spans_w
+    tl.store(gradient + row + column, sums, mask=column < spans_w)

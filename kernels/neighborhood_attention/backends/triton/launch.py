@@ -1,34 +1,174 @@
-"""The arguments that the kernels take in the same form."""
+"""A kernel's launch, prepared once for a problem, and the arguments that the kernels share."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from neighborhood_attention.backends import Inputs
+from neighborhood_attention.backends.triton.tiles import TilePlan, three_axes
 from neighborhood_attention.geometry import Neighborhood
 
+# Problems whose launches are kept ready, a pass.
+CACHED_PROBLEMS = 4096
 
-def window_arguments(window: Neighborhood) -> dict[str, int | bool]:
-    """The window: KERNEL_SIZE_H, KERNEL_SIZE_W, STRIDE_H and so on."""
+
+class Launch:
+    """A kernel with all its arguments but the tensors, which come first.
+
+    Triton binds and specialises every argument at every launch; for some fifty of them the host
+    takes longer than the kernel. Here it is done once for each alignment of the tensors' addresses.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, arguments: Mapping[str, Any], **options: Any
+    ) -> None:
+        self._grid = (programs, 1, 1)
+        self._kernel = kernel[self._grid]
+        tensors = next(i for i, name in enumerate(kernel.arg_names) if name in arguments)
+        self._arguments = [arguments[name] for name in kernel.arg_names[tensors:]]
+        self._options = options
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current GPU and stream."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        alignments = tuple([address % 16 if address else -1 for address in addresses])
+        launch = self._compiled.get(alignments)
+        if launch is not None:
+            launch(*addresses, *self._arguments)
+            return
+        compiled = self._kernel(*tensors, *self._arguments, **self._options)
+        if compiled is not None:  # not interpreted
+            self._compiled[alignments] = compiled[self._grid]
+
+
+class Layout(NamedTuple):
+    """What a launch depends on, of a tensor."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Problem(NamedTuple):
+    """What a launch depends on, of all tensors and PyTorch's settings."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    rpb: Layout | None
+    additional_keys: Layout | None
+    additional_values: Layout | None
+    device: torch.device
+    allow_tf32: bool
+
+    @classmethod
+    def of(cls, description: tuple[Any, ...]) -> "Problem":
+        """From what `describe` returned."""
+        layouts: list[Any] = [x and Layout(*x) for x in description[:6]]
+        return cls(*layouts, *description[6:])
+
+    @property
+    def spatial(self) -> torch.Size:
+        """Sizes of the axes."""
+        return self.query.shape[1:-2]
+
+    @property
+    def head_arguments(self) -> dict[str, Any]:
+        """Numbers of heads and head dimensions, the precision of products."""
+        head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
+        heads = self.query.shape[-2]
+        return {
+            "heads": heads,
+            "heads_per_key": heads // self.key.shape[-2],
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),  # tensor cores take no less
+            "VALUE_DIM": value_dim,
+            "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+            "PRECISION": "tf32" if self.allow_tf32 else "ieee",
+        }
+
+    @property
+    def additional_arguments(self) -> dict[str, Any]:
+        """Count and strides of the additional keys and values; None without them."""
+        if self.additional_keys is None or self.additional_values is None:
+            names = "additional_count", "additional_key_strides", "additional_value_strides"
+            return dict.fromkeys(names)
+        return {
+            "additional_count": self.additional_keys.shape[1],
+            "additional_key_strides": self.additional_keys.strides[:3],
+            "additional_value_strides": self.additional_values.strides[:3],
+        }
+
+    def map_arguments(self, **others: Layout) -> dict[str, Any]:
+        """Size of the map, strides of query, key, value and `others`, the width of offsets.
+
+        EQUAL_STRIDES: query, key, value and their gradients have the same.
+        """
+        layouts = {"query": self.query, "key": self.key, "value": self.value, **others}
+        packed = {layout.strides for name, layout in layouts.items() if name != "grad_output"}
+        tokens = prod(self.query.shape[1:-1]) * max(self.query.shape[-1], self.value.shape[-1])
+        return {
+            "size": three_axes(self.spatial),
+            "WIDE": max(tokens, *map(_extent, layouts.values())) >= 2**31,
+            "EQUAL_STRIDES": len(packed) == 1,
+            **{f"{name}_strides": _strides(layout) for name, layout in layouts.items()},
+        }
+
+
+def describe(inputs: Inputs) -> tuple[Any, ...]:
+    """The problem that these tensors pose, as a key for caches: the arguments of `Problem`."""
+    query = inputs.query
+    tf32 = query.dtype == torch.float32 and _allows_tf32()
+    return (*map(layout, inputs), query.device, tf32)
+
+
+def layout(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """The arguments of a tensor's `Layout`."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _allows_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def with_contiguous_heads(tensor: Tensor) -> Tensor:
+    """The tensor, copied where the head dimension is strided (as in the gradient of a sum)."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def window_arguments(window: Neighborhood) -> dict[str, tuple[int, ...]]:
+    """The window, with three axes."""
     return {
-        f"{name.upper()}_{axis}": value
-        for name in ("kernel_size", "stride", "dilation", "is_causal")
-        for axis, value in zip("HW", getattr(window, name), strict=True)
+        "KERNEL_SIZE": three_axes(window.kernel_size),
+        "STRIDE": three_axes(window.stride),
+        "DILATION": three_axes(window.dilation),
+        "IS_CAUSAL": three_axes(window.is_causal, False),
     }
 
 
-def with_contiguous_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where the head dimension is strided (as in the gradient of a sum)."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-
-
-def block_arguments(query: Tensor, *others: Tensor) -> dict[str, int | str | bool]:
-    """Block of the head dimension, precision of fp32 products, width of offsets within an image."""
-    height, width, heads, head_dim = query.shape[1:]
-    tf32 = query.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    extent = max(height * t.stride(1) + width * t.stride(2) for t in (query, *others))
+def plan_arguments(plan: TilePlan) -> dict[str, tuple[int, ...]]:
+    """The tiles and strips."""
     return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),  # tensor cores take no less
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "WIDE": max(extent, height * width * heads * head_dim) >= 2**31,
+        "tiles": tuple(axis.tiles for axis in plan.axes),
+        "front": tuple(axis.front for axis in plan.axes),
+        "back": tuple(axis.back for axis in plan.axes),
+        "TILE": plan.tile.tile,
+        "STRIP": plan.tile.strip,
+        "STRIPS": plan.strips,
     }
+
+
+def _strides(layout: Layout) -> tuple[int, ...]:
+    """Of image, three axes and head of a [B, *spatial, heads, D]; a missing axis has stride 0."""
+    batch, *spatial, head, _ = layout.strides
+    return batch, *three_axes(spatial, 0), head
+
+
+def _extent(layout: Layout) -> int:
+    """Elements that an image spans."""
+    return sum(n * s for n, s in zip(layout.shape[1:-2], layout.strides[1:-2], strict=True))

@@ -1,10 +1,10 @@
 """Which tiles the fused kernels use, and how the tiles of an axis lie against its borders."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from neighborhood_attention.geometry import (
     Neighborhood,
@@ -15,16 +15,20 @@ from neighborhood_attention.geometry import (
     window_start,
 )
 
+if TYPE_CHECKING:
+    from neighborhood_attention.backends.triton.launch import Problem
+
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's tile of tokens, and the strips of the tokens that they meet: (rows, columns)."""
+    """A program's tile of tokens, and the strips of the tokens that they meet, over three axes."""
 
-    tile: tuple[int, int]
-    strip: tuple[int, int]
+    tile: tuple[int, int, int]
+    strip: tuple[int, int, int]
     num_warps: int
     num_stages: int = 2
     max_registers: int | None = None
+    programs: int = 2048  # to aim at where a program walks over images: more cost partial sums
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -38,40 +42,63 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the four fused kernels."""
+    """The tiles of the fused kernels."""
 
     forward: Tile
     query_gradient: Tile
     key_gradient: Tile
     bias_gradient: Tile
+    query_bias_gradient: Tile | None = None  # in place of query and bias gradient
+    whole_group: Tile | None = None  # in place of all gradients
 
 
 # The fastest of those measured on an H100 with head dimension 32 and 16 bits: benchmarks/NOTES.md.
 # Small tiles with few warps waste few scores.
 WINDOWED = Tiles(
-    forward=Tile((4, 8), (2, 16), num_warps=1, max_registers=128),
-    query_gradient=Tile((4, 8), (1, 16), num_warps=1, num_stages=3, max_registers=128),
-    key_gradient=Tile((2, 8), (2, 16), num_warps=1, max_registers=128),
-    bias_gradient=Tile((2, 8), (4, 16), num_warps=1),
+    forward=Tile((1, 4, 8), (1, 2, 16), num_warps=1, max_registers=128),
+    query_gradient=Tile((1, 4, 8), (1, 1, 16), num_warps=1, num_stages=3, max_registers=128),
+    key_gradient=Tile((1, 2, 8), (1, 2, 16), num_warps=1, max_registers=128),
+    bias_gradient=Tile((1, 2, 8), (1, 4, 16), num_warps=1),
+    query_bias_gradient=Tile((1, 2, 8), (1, 8, 16), 2, max_registers=168, programs=792),
+)
+# Where two rows of a dilation group fit into one tile.
+NARROW = Tiles(
+    forward=Tile((1, 2, 16), (1, 1, 16), num_warps=1, num_stages=3, max_registers=96),
+    query_gradient=Tile((1, 4, 8), (1, 1, 16), num_warps=1, num_stages=3, max_registers=128),
+    key_gradient=Tile((1, 2, 16), (1, 2, 16), num_warps=1, max_registers=168),
+    bias_gradient=Tile((1, 2, 8), (1, 4, 16), num_warps=1),
+    query_bias_gradient=Tile((1, 2, 8), (1, 4, 16), 2, max_registers=128, programs=1056),
 )
 # Where a whole dilation group fits into one tile.
 WHOLE_GROUP = Tiles(
-    forward=Tile((8, 8), (4, 8), num_warps=4),
-    query_gradient=Tile((8, 8), (4, 8), num_warps=4),
-    key_gradient=Tile((8, 8), (4, 8), num_warps=4, num_stages=1),
-    bias_gradient=Tile((8, 8), (4, 8), num_warps=4, max_registers=128),
+    forward=Tile((1, 8, 8), (1, 4, 8), num_warps=4),
+    query_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4),
+    key_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4, num_stages=1),
+    bias_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4, max_registers=128),
+    whole_group=Tile((1, 8, 8), (1, 8, 8), num_warps=4, programs=264),
 )
-# Larger heads and fp32: untuned, but without spills and within the shared memory of small GPUs.
-LARGE_HEADS = Tiles(*[Tile((4, 8), (2, 16), num_warps=4, num_stages=1)] * 4)
+# The others are untuned, but without spills and within the shared memory of small GPUs.
+SEQUENCE = Tiles(*[Tile((1, 1, 32), (1, 1, 32), num_warps=4, num_stages=1)] * 4)
+LARGE_HEADS = Tiles(*[Tile((1, 4, 8), (1, 2, 16), num_warps=4, num_stages=1)] * 4)
+VOLUME = Tiles(*[Tile((2, 4, 4), (1, 4, 8), num_warps=4, num_stages=1)] * 4)
+HUGE_SEQUENCE = Tiles(*[Tile((1, 1, 16), (1, 1, 16), num_warps=4, num_stages=1)] * 4)
+HUGE_HEADS = Tiles(*[Tile((1, 4, 4), (1, 2, 8), num_warps=4, num_stages=1)] * 4)
 
 
-def choose_tiles(query: Tensor, window: Neighborhood) -> Tiles:
-    """The tiles for a problem, by the size of its heads and of its dilation groups."""
-    if query.shape[-1] * query.element_size() > 64:
+def choose_tiles(problem: "Problem", window: Neighborhood) -> Tiles:
+    """The tiles for a problem, by its axes and the size of its heads and of its dilation groups."""
+    head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
+    head_bytes = head_dim * problem.query.dtype.itemsize
+    if head_bytes > 256:
+        return HUGE_SEQUENCE if window.dims == 1 else HUGE_HEADS
+    if window.dims != 2:
+        return SEQUENCE if window.dims == 1 else VOLUME
+    if head_bytes > 64:
         return LARGE_HEADS
-    if all(size <= 8 * step for size, step in zip(query.shape[1:3], window.dilation, strict=True)):
+    rows, columns = (ceil(n / d) for n, d in zip(problem.spatial, window.dilation, strict=True))
+    if max(rows, columns) <= 8:
         return WHOLE_GROUP
-    return WINDOWED
+    return NARROW if columns <= 16 else WINDOWED
 
 
 @dataclass(frozen=True)
@@ -131,37 +158,41 @@ def tile_axis(
 
 
 class TilePlan:
-    """The tiles of a map, of queries or of keys, for one kernel."""
+    """The tiles of a map, of queries or of keys, for one kernel.
+
+    Attributes:
+        axes: How they lie, an axis.
+        strips: Strips that the largest halo takes, an axis.
+        positions: Tiles that differ by more than their dilation group.
+        programs: Tiles in all, for one head of one image.
+    """
 
     def __init__(
         self, tile: Tile, window: Neighborhood, spatial: tuple[int, ...], of_keys: bool
     ) -> None:
         self.tile = tile
         self.of_keys = of_keys
-        self.rows, self.columns = (
-            tile_axis(
-                spatial[a], window.kernel_size[a], window.stride[a], window.dilation[a],
-                window.is_causal[a], tile.tile[a], of_keys,
-            )
-            for a in (0, 1)
+        settings = zip(
+            three_axes(spatial), three_axes(window.kernel_size), three_axes(window.stride),
+            three_axes(window.dilation), three_axes(window.is_causal, False), tile.tile,
+            strict=True,
         )  # fmt: skip
-        self.column_strips = ceil(self.columns.extent / tile.strip[1])
-        self.strips = ceil(self.rows.extent / tile.strip[0]) * self.column_strips
-        # For each head of each image.
-        self.programs = prod(window.dilation) * self.rows.tiles * self.columns.tiles
-        self.tile_tokens = tile.tile[0] * tile.tile[1]
-        self.strip_tokens = tile.strip[0] * tile.strip[1]
+        self.axes = [tile_axis(*values, of_keys) for values in settings]
+        self.strips = tuple(
+            ceil(axis.extent / strip) for axis, strip in zip(self.axes, tile.strip, strict=True)
+        )
+        self.positions = prod(axis.classes * axis.tiles for axis in self.axes)
+        self.groups = prod(window.dilation)
+        self.programs = self.groups * prod(axis.tiles for axis in self.axes)
 
-    def arguments(self) -> dict[str, int]:
-        """The plan, as the kernels take it."""
-        return {
-            "row_tiles": self.rows.tiles, "column_tiles": self.columns.tiles,
-            "front_h": self.rows.front, "back_h": self.rows.back,
-            "front_w": self.columns.front, "back_w": self.columns.back,
-            "TILE_H": self.tile.tile[0], "TILE_W": self.tile.tile[1],
-            "STRIP_H": self.tile.strip[0], "STRIP_W": self.tile.strip[1],
-            "COLUMN_STRIPS": self.column_strips, "STRIPS": self.strips,
-        }  # fmt: skip
+    @property
+    def holds_groups(self) -> bool:
+        """Whether each dilation group is one tile, which meets one strip."""
+        return self.programs == self.groups and prod(self.strips) == 1
+
+    def shares(self, batch: int, heads: int) -> int:
+        """Programs that share the images and dilation groups of a position and head."""
+        return max(1, min(batch * self.groups, self.tile.programs // (self.positions * heads)))
 
 
 @lru_cache(maxsize=1024)
@@ -170,6 +201,11 @@ def plan_tiles(
 ) -> TilePlan:
     """The plan, made once for each problem."""
     return TilePlan(tile, window, spatial, of_keys)
+
+
+def three_axes(values: Sequence[int], filler: int = 1) -> tuple[int, ...]:
+    """One entry an axis, filled up in front: a problem of fewer axes is flat in the first."""
+    return (filler,) * (3 - len(values)) + tuple(values)
 
 
 def _relative_ranges(

@@ -1,4 +1,7 @@
-"""What the kernels share: the geometry, compiled from `geometry.py`, and addresses of tokens."""
+"""What the kernels share: the geometry, compiled from `geometry.py`, and addresses of tokens.
+
+Sizes, windows, tiles and positions are tuples of three axes; tuples in capitals are constants.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,54 +27,205 @@ bias_index = _compiled(geometry.bias_index)
 
 
 @triton.jit
+def locate_tile(heads, tiles, DILATION: tl.constexpr):
+    """Image, head, dilation group and tile of this program.
+
+    The head runs fastest: heads lie side by side in memory. Image and head are 64-bit, since they
+    are multiplied by the largest strides.
+    """
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    program //= heads
+    tile_w = program % tiles[2]
+    program //= tiles[2]
+    tile_h = program % tiles[1]
+    program //= tiles[1]
+    tile_d = program % tiles[0]
+    program //= tiles[0]
+    group_w = program % DILATION[2]
+    program //= DILATION[2]
+    group_h = program % DILATION[1]
+    program //= DILATION[1]
+    image = (program // DILATION[0]).to(tl.int64)
+    return image, head, (program % DILATION[0], group_h, group_w), (tile_d, tile_h, tile_w)
+
+
+@triton.jit
+def locate_position(position, size, tiles, DILATION: tl.constexpr):
+    """Tile, and the first dilation group of its kind (0, or the first short one), of a position."""
+    kind = position // (tiles[0] * tiles[1] * tiles[2])
+    rest_d, rest_h, rest_w = size[0] % DILATION[0], size[1] % DILATION[1], size[2] % DILATION[2]
+    kinds_h, kinds_w = 1 + (rest_h > 0), 1 + (rest_w > 0)
+    tile = (
+        position // (tiles[1] * tiles[2]) % tiles[0],
+        position // tiles[2] % tiles[1],
+        position % tiles[2],
+    )
+    group = (
+        kind // (kinds_h * kinds_w) * rest_d,
+        kind // kinds_w % kinds_h * rest_h,
+        kind % kinds_w * rest_w,
+    )
+    return tile, group
+
+
+@triton.jit
+def count_alike(group, size, DILATION: tl.constexpr):
+    """On one axis, the number of dilation groups as long as `group`, the first of them."""
+    rest = size % DILATION
+    return tl.where((group > 0) | (rest == 0), DILATION - group, rest)
+
+
+@triton.jit
+def groups_alike(group, size, DILATION: tl.constexpr):
+    """`count_alike` of all axes."""
+    return (
+        count_alike(group[0], size[0], DILATION[0]),
+        count_alike(group[1], size[1], DILATION[1]),
+        count_alike(group[2], size[2], DILATION[2]),
+    )
+
+
+@triton.jit
+def locate_item(item, first_group, groups):
+    """Image and dilation group of an item: one of `groups`, from `first_group` on, of an image."""
+    group = (
+        first_group[0] + item // (groups[1] * groups[2]) % groups[0],
+        first_group[1] + item // groups[2] % groups[1],
+        first_group[2] + item % groups[2],
+    )
+    return (item // (groups[0] * groups[1] * groups[2])).to(tl.int64), group
+
+
+@triton.jit
+def count_items(batch, groups, tile, length, TILE: tl.constexpr):
+    """Items that have this tile; a short dilation group may end before it."""
+    is_tile = (tile[0] * TILE[0] < length[0]) & (tile[1] * TILE[1] < length[1])
+    is_tile &= tile[2] * TILE[2] < length[2]
+    return tl.where(is_tile, batch * groups[0] * groups[1] * groups[2], 0)
+
+
+@triton.jit
+def group_lengths(group, size, DILATION: tl.constexpr):
+    """Number of tokens of a dilation group, an axis."""
+    return (
+        group_length(group[0], size[0], DILATION[0]),
+        group_length(group[1], size[1], DILATION[1]),
+        group_length(group[2], size[2], DILATION[2]),
+    )
+
+
+@triton.jit
 def tile_range(
     tile, length,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """On one axis, the keys [start, end) that a tile of queries meets, or the other way round."""
     first = tile * TILE
     last = tl.minimum(first + TILE, length) - 1
     if OF_KEYS:
-        start = attending_start(first, KERNEL, STRIDE, CAUSAL)
-        end = attending_end(last, length, KERNEL, STRIDE, CAUSAL)
+        start = attending_start(first, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+        end = attending_end(last, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
     else:
-        start = window_start(first, length, KERNEL, STRIDE, CAUSAL)
-        end = window_end(last, window_start(last, length, KERNEL, STRIDE, CAUSAL), KERNEL, CAUSAL)
+        start = window_start(first, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+        end = window_start(last, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+        end = window_end(last, end, KERNEL_SIZE, IS_CAUSAL)
     return start, end
 
 
 @triton.jit
-def tile_type(tile, length, is_short, front, back, TILE: tl.constexpr):
-    """Entry of the bias table, on one axis, for a tile: see `tiles.TileAxis`."""
-    behind = tile - (length + TILE - 1) // TILE + back + 1
-    behind = tl.minimum(tl.maximum(behind, 0), back)  # a short group may end before the tile
-    return tl.minimum(tile, front) + behind + is_short * (front + 1 + back)
-
-
-@triton.jit
-def block_tokens(
-    first_row, first_column, length_h, length_w, group_h, group_w,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def tile_ranges(
+    tile, length,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Rows and columns on the map of a block of a dilation group, and which of them exist."""
-    i = tl.arange(0, ROWS * COLUMNS)
-    row = first_row + i // COLUMNS
-    column = first_column + i % COLUMNS
-    return (
-        row * DILATION_H + group_h,
-        column * DILATION_W + group_w,
-        (row < length_h) & (column < length_w),
+    """`tile_range` of all axes: the starts and the ends."""
+    start_d, end_d = tile_range(
+        tile[0], length[0], KERNEL_SIZE[0], STRIDE[0], IS_CAUSAL[0], TILE[0], OF_KEYS
     )
+    start_h, end_h = tile_range(
+        tile[1], length[1], KERNEL_SIZE[1], STRIDE[1], IS_CAUSAL[1], TILE[1], OF_KEYS
+    )
+    start_w, end_w = tile_range(
+        tile[2], length[2], KERNEL_SIZE[2], STRIDE[2], IS_CAUSAL[2], TILE[2], OF_KEYS
+    )
+    return (start_d, start_h, start_w), (end_d, end_h, end_w)
 
 
 @triton.jit
-def token_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
+def count_strips(start, end, STRIP: tl.constexpr, STRIPS: tl.constexpr):
+    """Strips that cover [start, end): no more than needed on the first axis that has several."""
+    if STRIPS[0] > 1:
+        return tl.cdiv(end[0] - start[0], STRIP[0]) * STRIPS[1] * STRIPS[2]
+    elif STRIPS[1] > 1:
+        return tl.cdiv(end[1] - start[1], STRIP[1]) * STRIPS[2]
+    else:
+        return tl.cdiv(end[2] - start[2], STRIP[2])
+
+
+@triton.jit
+def strip_start(strip, start, STRIP: tl.constexpr, STRIPS: tl.constexpr):
+    """First token of a strip. An axis of one strip starts where it starts: that frees registers."""
+    d, h, w = start
+    if STRIPS[0] > 1:
+        d += strip // (STRIPS[1] * STRIPS[2]) * STRIP[0]
+        strip %= STRIPS[1] * STRIPS[2]
+    if STRIPS[1] > 1:
+        h += strip // STRIPS[2] * STRIP[1]
+        strip %= STRIPS[2]
+    if STRIPS[2] > 1:
+        w += strip * STRIP[2]
+    return d, h, w
+
+
+@triton.jit
+def block_positions(SHAPE: tl.constexpr, i):
+    """Position, in a block of this shape, of its `i`-th token."""
+    d = i * 0
+    h = i * 0
+    if SHAPE[0] > 1:
+        d = i // (SHAPE[1] * SHAPE[2])
+    if SHAPE[1] > 1:
+        h = i // SHAPE[2] % SHAPE[1]
+    return d, h, i % SHAPE[2]
+
+
+@triton.jit
+def block_tokens(first, length, group, DILATION: tl.constexpr, SHAPE: tl.constexpr):
+    """Positions on the map of a block of a dilation group, and which of them exist."""
+    d, h, w = block_positions(SHAPE, tl.arange(0, SHAPE[0] * SHAPE[1] * SHAPE[2]))
+    d += first[0]
+    h += first[1]
+    w += first[2]
+    exists = (d < length[0]) & (h < length[1]) & (w < length[2])
+    d = d * DILATION[0] + group[0]
+    h = h * DILATION[1] + group[1]
+    return (d, h, w * DILATION[2] + group[2]), exists
+
+
+@triton.jit
+def tile_tokens(tile, length, group, DILATION: tl.constexpr, TILE: tl.constexpr):
+    """`block_tokens` of a tile."""
+    first = (tile[0] * TILE[0], tile[1] * TILE[1], tile[2] * TILE[2])
+    return block_tokens(first, length, group, DILATION, TILE)
+
+
+@triton.jit
+def token_offsets(token, strides, WIDE: tl.constexpr):
     """Offsets of tokens within an image; 64-bit where an image may exceed 2^31 elements."""
+    d, h, w = token
     if WIDE:
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
-    return row * row_stride + column * column_stride
+        d = d.to(tl.int64)
+        h = h.to(tl.int64)
+        w = w.to(tl.int64)
+    return d * strides[1] + h * strides[2] + w * strides[3]
+
+
+@triton.jit
+def token_index(token, size, heads, WIDE: tl.constexpr):
+    """Offsets of tokens within an image of a contiguous [B, *spatial, heads]."""
+    return token_offsets(token, (0, size[1] * size[2] * heads, size[2] * heads, heads), WIDE)
 
 
 @triton.jit
@@ -95,58 +249,65 @@ def store_tokens(tensor, offsets, is_token, block, HEAD_DIM: tl.constexpr, BLOCK
 
 
 @triton.jit
-def locate_tile(heads, row_tiles, column_tiles, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr):
-    """Image, head, dilation group and tile of this program.
-
-    The head runs fastest: heads lie side by side in memory. Image and head are 64-bit, since they
-    are multiplied by the largest strides.
-    """
-    program = tl.program_id(0)
-    head = (program % heads).to(tl.int64)
-    program //= heads
-    tile_w = program % column_tiles
-    program //= column_tiles
-    tile_h = program % row_tiles
-    program //= row_tiles
-    group_w = program % DILATION_W
-    program //= DILATION_W
-    batch = (program // DILATION_H).to(tl.int64)
-    return batch, head, program % DILATION_H, group_w, tile_h, tile_w
-
-
-@triton.jit
-def table_entry(
-    tile_h, tile_w, group_h, group_w, height, width, length_h, length_w,
-    front_h, back_h, front_w, back_w,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+def load_additional(
+    tensor, strides, image, head, first, count,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Entry of the bias table for a tile."""
-    short_h = (group_h >= height % DILATION_H) & (height % DILATION_H > 0)
-    short_w = (group_w >= width % DILATION_W) & (width % DILATION_W > 0)
-    column_types = (front_w + 1 + back_w) * (1 + (width % DILATION_W > 0))
-    type_h = tile_type(tile_h, length_h, short_h, front_h, back_h, TILE_H)
-    return type_h * column_types + tile_type(tile_w, length_w, short_w, front_w, back_w, TILE_W)
+    """[TOKENS, BLOCK] of additional keys or values [B, S, heads, DIM], from `first` on."""
+    index = first + tl.arange(0, TOKENS)
+    tensor += image * strides[0] + head * strides[2]
+    return load_tokens(tensor, index.to(tl.int64) * strides[1], index < count, DIM, BLOCK)
 
 
 @triton.jit
-def table_block(
-    table, entry, STRIPS: tl.constexpr, TILE_TOKENS: tl.constexpr, STRIP_TOKENS: tl.constexpr
-):
-    """Pointers [TILE_TOKENS, STRIP_TOKENS] to the first strip of an entry of the bias table."""
-    m = tl.arange(0, TILE_TOKENS)[:, None]
-    n = tl.arange(0, STRIP_TOKENS)[None, :]
-    table += entry.to(tl.int64) * (STRIPS * TILE_TOKENS * STRIP_TOKENS)
-    return table + m * STRIP_TOKENS + n
+def additional_scores(dots, scale, first, count, TOKENS: tl.constexpr):
+    """Logits of additional keys [queries, TOKENS], in powers of 2; -inf behind the last of them."""
+    is_key = first + tl.arange(0, TOKENS) < count
+    return tl.where(is_key[None, :], dots * (scale * 1.4426950408889634), float("-inf"))
+
+
+@triton.jit
+def tile_type(tile, group, size, length, front, back, DILATION: tl.constexpr, TILE: tl.constexpr):
+    """On one axis, a tile's type, and how many types there are: see `tiles.TileAxis`."""
+    behind = tile - (length + TILE - 1) // TILE + back + 1
+    behind = tl.minimum(tl.maximum(behind, 0), back)  # a short group may end before the tile
+    has_short = size % DILATION > 0
+    is_short = (group >= size % DILATION) & has_short
+    types = front + 1 + back
+    return tl.minimum(tile, front) + behind + is_short * types, types * (1 + has_short)
+
+
+@triton.jit
+def table_entry(tile, group, size, length, front, back, DILATION: tl.constexpr, TILE: tl.constexpr):
+    """Entry of the bias table for a tile."""
+    type_d, _ = tile_type(
+        tile[0], group[0], size[0], length[0], front[0], back[0], DILATION[0], TILE[0]
+    )
+    type_h, types_h = tile_type(
+        tile[1], group[1], size[1], length[1], front[1], back[1], DILATION[1], TILE[1]
+    )
+    type_w, types_w = tile_type(
+        tile[2], group[2], size[2], length[2], front[2], back[2], DILATION[2], TILE[2]
+    )
+    return (type_d * types_h + type_h) * types_w + type_w
+
+
+@triton.jit
+def table_block(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers [ROWS, COLUMNS] to a block of a table."""
+    m = tl.arange(0, ROWS)[:, None]
+    n = tl.arange(0, COLUMNS)[None, :]
+    return table + index.to(tl.int64) * (ROWS * COLUMNS) + m * COLUMNS + n
 
 
 @triton.jit
 def masked_scores(dots, scale, bias):
     """Logits in powers of 2; -inf outside the window, whatever overflowed there."""
-    scores = dots * (scale * 1.4426950408889634) + bias
-    return tl.where(bias > float("-inf"), scores, float("-inf"))
+    # The minimum of NaN and a number is the number.
+    return tl.minimum(dots * (scale * 1.4426950408889634), 3.0e38) + bias
 
 
 @triton.jit
-def masked_gradient(p, dp, bias, delta):
+def masked_gradient(p, dp, delta):
     """Gradient of the logits; exactly zero outside the window, whatever `dp` overflowed to."""
-    return tl.where(bias > float("-inf"), p * (dp - delta), 0.0)
+    return tl.where(p > 0.0, p * (dp - delta), 0.0)

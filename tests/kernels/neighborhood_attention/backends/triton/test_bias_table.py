@@ -9,27 +9,47 @@ from oracle import Case, axis_window, inputs
 
 pytest.importorskip("triton")
 
-from neighborhood_attention.backends.triton.bias_table import build_bias_table
+from neighborhood_attention.backends import Inputs
+from neighborhood_attention.backends.triton.bias_table import BiasTable
+from neighborhood_attention.backends.triton.launch import Problem, describe
 from neighborhood_attention.backends.triton.tiles import Tile, TilePlan
 from neighborhood_attention.geometry import Neighborhood
 
 pytestmark = pytest.mark.interpreter
 
+# With the tile and the strip.
 CASES = [
-    Case((9, 10), (3, 2), dilation=(2, 1), heads=2),
-    Case((6, 9), (3, 4), stride=(2, 3), dilation=(1, 2), is_causal=(True, False), heads=1),
-    Case((6, 9), (3, 2), rpb=False),
+    (Case((9, 10), (3, 2), dilation=(2, 1), heads=1), (1, 2, 8), (1, 2, 4)),
+    (
+        Case((6, 9), (3, 4), stride=(2, 3), dilation=(1, 2), is_causal=(True, False), heads=1),
+        (1, 2, 4),
+        (1, 1, 8),
+    ),
+    (Case((6, 9), (3, 2), rpb=False), (1, 2, 4), (1, 2, 4)),
+    (Case((21,), (5,), stride=(2,), dilation=(2,), heads=2), (1, 1, 4), (1, 1, 4)),
+    (
+        Case((4, 3, 5), (2, 3, 3), dilation=(1, 1, 1), is_causal=(True, False, False), heads=1),
+        (2, 1, 4),
+        (1, 2, 4),
+    ),
 ]
 
 
+def three(values, filler=1):
+    return (filler,) * (3 - len(values)) + tuple(values)
+
+
 def axis_blocks(case, plan, a):
-    """Of one axis, for each tile of each group length: its type, and the pairs of its tokens.
+    """Of one of three axes, for each tile of each group length: its type, its tokens' pairs.
 
     A pair is (token of the tile, token of the strips), its value the index into the bias.
     """
-    settings = case.kernel_size[a], case.stride[a], case.dilation[a], case.is_causal[a]
-    axis, tile = (plan.rows, plan.columns)[a], plan.tile.tile[a]
-    blocks, length, step = {}, case.spatial[a], case.dilation[a]
+    kernel_size, stride, step = (
+        three(x)[a] for x in (case.kernel_size, case.stride, case.dilation)
+    )
+    settings = kernel_size, stride, step, three(case.is_causal, False)[a]
+    axis, tile, length = plan.axes[a], plan.tile.tile[a], three(case.spatial)[a]
+    blocks = []
     for short, group in enumerate([0, step - 1][: axis.classes]):
         positions = range(group, length, step)
         tiles = math.ceil(len(positions) / tile)
@@ -44,30 +64,34 @@ def axis_blocks(case, plan, a):
             kind = min(t, axis.front) + max(0, t - tiles + axis.back + 1)
             own = {pair: n for pair, n in pairs.items() if pair[0] // tile == t}
             start = min(other for _, other in own)
-            blocks[short, t] = (
-                kind + short * axis.types // axis.classes,
-                {(inner - t * tile, other - start): n for (inner, other), n in own.items()},
-            )
-    return blocks.values()
+            block = {(inner - t * tile, other - start): n for (inner, other), n in own.items()}
+            blocks.append((kind + short * axis.types // axis.classes, block))
+    return blocks
 
 
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_entries_hold_the_bias_inside_the_window_and_minus_infinity_outside(case, of_keys, device):
-    _, rpb = inputs(case, torch.float32, device)
+@pytest.mark.parametrize(("case", "tile", "strip"), CASES, ids=[str(case) for case, *_ in CASES])
+def test_entries_hold_the_bias_inside_the_window_and_minus_infinity_outside(
+    case, tile, strip, of_keys, device
+):
+    qkv, rpb = inputs(case, torch.float32, device)
     window = Neighborhood(*case.window)
-    plan = TilePlan(Tile((2, 4), (2, 4), num_warps=1), window, case.spatial, of_keys)
-    like = torch.empty(0, device=device)
-    table = build_bias_table(rpb, window, case.spatial, plan, like)
-    rows, columns = (axis_blocks(case, plan, a) for a in (0, 1))
-    for head, (row_type, row_pairs), (column_type, column_pairs) in itertools.product(
-        range(case.heads if case.rpb else 1), rows, columns
-    ):
-        # Tile tokens and strip tokens, by axis: [row, column, strip row, strip column].
-        strip_rows = plan.strips // plan.column_strips * 2
-        expected = torch.full((2, 4, strip_rows, plan.column_strips * 4), -torch.inf)
-        for ((r, s), i), ((c, t), j) in itertools.product(row_pairs.items(), column_pairs.items()):
-            expected[r, c, s, t] = rpb[head, i, j] / math.log(2) if case.rpb else 0
-        strips = table[head, row_type, column_type].cpu()
-        strips = strips.view(-1, plan.column_strips, 2, 4, 2, 4).permute(2, 3, 0, 4, 1, 5)
-        torch.testing.assert_close(strips.reshape(expected.shape), expected)
+    plan = TilePlan(Tile(tile, strip, num_warps=1), window, case.spatial, of_keys)
+    table = BiasTable(Problem.of(describe(Inputs(*qkv.unbind(-3), rpb))), window, plan)
+    heads = case.heads if case.rpb else 1
+    assert table.head_stride == (table.entry if heads > 1 else 0)
+    types = [axis.types for axis in plan.axes]
+    built = table.build(rpb).cpu().view(heads, *types, *plan.strips, *tile, *strip)
+    # Each axis's tokens of all strips together: [d, h, w of the tile, d, h, w of the strips].
+    built = built.permute(0, 1, 2, 3, 7, 8, 9, 4, 10, 5, 11, 6, 12).reshape(
+        heads, *types, *tile, *(n * size for n, size in zip(plan.strips, strip, strict=True))
+    )
+    blocks = [axis_blocks(case, plan, a) for a in range(3)]
+    for head, *kinds in itertools.product(range(heads), *blocks):
+        expected = torch.full(built.shape[4:], -torch.inf)
+        for pairs in itertools.product(*(block.items() for _, block in kinds)):
+            tokens, others = zip(*(pair for pair, _ in pairs), strict=True)
+            index = tuple(n for _, n in pairs)[3 - len(case.spatial) :]
+            expected[(*tokens, *others)] = rpb[(head, *index)] / math.log(2) if case.rpb else 0
+        entry = built[(head, *(kind for kind, _ in kinds))]
+        torch.testing.assert_close(entry, expected)

@@ -8,11 +8,14 @@ triton = pytest.importorskip("triton", reason="Triton is not available on this p
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from neighborhood_attention.backends import Inputs  # noqa: E402
 from neighborhood_attention.backends.triton import fused_backward, fused_forward, tiles  # noqa: E402
+from neighborhood_attention.backends.triton.launch import Problem, describe  # noqa: E402
 from neighborhood_attention.geometry import Neighborhood  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 * 1024  # of a block, in bytes
+# Shared memory of a block, in bytes: of Hopper, and of the smallest GPUs (compute capability 8.6).
+LARGE, SMALL = 227 * 1024, 99 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -22,17 +25,25 @@ def compile_launch(kernel, args, kwargs):
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     options = {name: values.pop(name) for name in OPTIONS if name in values}
     signature, constants, attributes = {}, {}, {}
+
+    def specialise(value, path):
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(specialise(entry, (*path, i)) for i, entry in enumerate(value))
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+
     for i, parameter in enumerate(kernel.params):
         value = values.pop(parameter.name)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr:
             signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = specialise(value, (i,))
     assert not values, f"unknown arguments {sorted(values)}"
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=HOPPER, options=options)
@@ -40,36 +51,62 @@ def compile_launch(kernel, args, kwargs):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Launches, recorded instead of run: (kernel, arguments, keywords) by the kernel's name."""
-    found = {}
+    """Launches, recorded instead of run: (kernel, arguments, keywords)."""
+    found = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        found[kernel.__name__] = (kernel, args, kwargs)
+        found.append((kernel, args, kwargs))
 
     monkeypatch.setattr(triton.JITFunction, "run", record)
     return found
 
 
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+PROBLEMS = {  # spatial, dilation, head dimensions, additional keys, dtype
+    "windowed": ((56, 56), 1, (32, 32), 0, bf16, tiles.WINDOWED),
+    "narrow": ((28, 14), 1, (32, 32), 0, bf16, tiles.NARROW),
+    "whole group": ((7, 7), 1, (32, 32), 0, fp16, tiles.WHOLE_GROUP),
+    "large heads": ((30, 30), 4, (20, 24), 0, fp32, tiles.LARGE_HEADS),
+    "large heads, 256 bytes": ((30, 30), 1, (64, 64), 300, fp32, tiles.LARGE_HEADS),
+    "sequence": ((1000,), 2, (40, 128), 5, bf16, tiles.SEQUENCE),
+    "volume": ((8, 14, 14), 1, (128, 128), 1, bf16, tiles.VOLUME),
+    "huge heads": ((30, 30), 1, (256, 256), 40, fp32, tiles.HUGE_HEADS),
+    "huge heads, volume": ((8, 14, 14), 1, (256, 32), 0, fp32, tiles.HUGE_HEADS),
+    "huge sequence": ((1000,), 1, (256, 256), 40, fp32, tiles.HUGE_SEQUENCE),
+}
+TUNED = tiles.WINDOWED, tiles.NARROW, tiles.WHOLE_GROUP
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("side", "dilation", "head_dim", "dtype", "choice"),
-    [
-        (56, 1, 32, torch.bfloat16, tiles.WINDOWED),
-        (7, 1, 32, torch.float16, tiles.WHOLE_GROUP),
-        (30, 4, 20, torch.float32, tiles.LARGE_HEADS),
-    ],
-    ids=["windowed", "whole group", "large heads"],
-)
-def test_all_kernels_compile_for_hopper(side, dilation, head_dim, dtype, choice, launches):
-    window = Neighborhood((7, 7), (1, 1), (dilation, dilation), (False, False))
-    query, key, value = torch.ones(2, side, side, 3, 2, head_dim, dtype=dtype).unbind(3)
-    rpb = torch.ones(2, 13, 13)
-    assert tiles.choose_tiles(query, window) is choice
-    output, lse = fused_forward.forward(query, key, value, rpb, window, 0.5)
-    grads = [torch.empty_like(x) for x in (query, key, value)]
-    fused_backward.backward(output, lse, query, key, value, rpb, output, lse, window, 0.5, *grads)
-    assert len(launches) == 6
-    for kernel, args, kwargs in launches.values():
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_all_kernels_compile_for_hopper(name, launches):
+    spatial, dilation, (head_dim, value_dim), additional, dtype, choice = PROBLEMS[name]
+    dims, batch, heads = len(spatial), 2, 4
+    key_heads = heads if choice is tiles.WHOLE_GROUP else 2
+    window = Neighborhood((7,) * dims, (1,) * dims, (dilation,) * dims, (False,) * dims)
+    sizes = {"key": head_dim, "value": value_dim}
+    inputs = Inputs(
+        torch.ones(batch, *spatial, heads, head_dim, dtype=dtype),
+        *(torch.ones(batch, *spatial, key_heads, d, dtype=dtype) for d in sizes.values()),
+        torch.ones(heads, *window.bias_shape),
+        *(
+            torch.ones(batch, additional, key_heads, d, dtype=dtype) if additional else None
+            for d in sizes.values()
+        ),
+    )
+    assert tiles.choose_tiles(Problem.of(describe(inputs)), window) is choice
+    output, lse = fused_forward.forward(inputs, window, 0.5)
+    fused_backward.backward(output, lse, inputs, output, lse, window, 0.5, inputs)
+    names = [kernel.__name__ for kernel, *_ in launches]
+    backward = ["_query_gradient_kernel", "_key_gradient_kernel", "_partial_kernel"]
+    if choice is tiles.WHOLE_GROUP:
+        backward = ["_whole_group_kernel"]
+    elif choice in TUNED:
+        backward = ["_query_bias_gradient_kernel", "_key_gradient_kernel"]
+    tables = ["_build_kernel"] * (1 + len(backward))
+    backward += ["_additional_gradient_kernel"] * (additional > 0)
+    assert sorted(names) == sorted(["_forward_kernel", *backward, *tables, "_reduce_kernel"])
+    for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs)
         assert ".target sm_90" in compiled.asm["ptx"]
-        assert compiled.metadata.shared <= SHARED_MEMORY
+        assert compiled.metadata.shared <= (LARGE if choice in TUNED else SMALL), kernel.__name__

@@ -1,17 +1,34 @@
 """The fused kernels at real sizes, and whatever the interpreter cannot show: on a GPU alone."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from oracle import Case, check, inputs, run
+from oracle import Case, check, inputs, random_gradients, random_tensors, results, run
 
-from neighborhood_attention import na2d, na2d_qkvpacked
+from neighborhood_attention import (
+    na1d,
+    na1d_qkvpacked,
+    na2d,
+    na2d_qkvpacked,
+    na3d,
+    na3d_qkvpacked,
+)
 from neighborhood_attention.backends.triton import fused_backward, fused_forward, tiles
 
 pytestmark = pytest.mark.gpu
 fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
+PACKED = {1: na1d_qkvpacked, 2: na2d_qkvpacked, 3: na3d_qkvpacked}
 
 PROBLEMS = [
     (Case((7, 7), (7, 7), batch=3, head_dim=32), [bf16, fp16]),
+    (Case((7, 7), (7, 7), batch=3, head_dim=16), [bf16, fp16, fp32]),
+    (Case((14, 14), (7, 7), dilation=(2, 2), batch=3, head_dim=32), [bf16, fp16]),
+    (Case((16, 15), (5, 7), dilation=(2, 2), batch=3, head_dim=16, rpb=False), [bf16, fp32]),
+    (Case((28, 14), (7, 7), batch=3, head_dim=32), [bf16, fp16]),
+    (Case((28, 28), (7, 7), batch=3, head_dim=16), [bf16, fp32]),
     (Case((56, 56), (7, 7), dilation=(8, 8), batch=1, head_dim=32), [bf16]),
     (Case((16, 24), (3, 3), dilation=(2, 3), head_dim=32), [bf16, fp16]),
     (Case((56, 56), (7, 7), batch=2, head_dim=32), [bf16, fp16]),
@@ -23,36 +40,120 @@ PROBLEMS = [
     (Case((19, 22), (5, 7), head_dim=64), [bf16, fp32]),
     (Case((19, 22), (5, 7), head_dim=128), [bf16, fp32]),
     (Case((19, 22), (5, 7), head_dim=256), [bf16, fp32]),
+    (Case((1000,), (63,), dilation=(3,), head_dim=64), [bf16, fp32]),
+    (Case((517,), (32,), stride=(5,), is_causal=(True,), head_dim=128), [fp16]),
+    (Case((7, 9, 11), (3, 5, 4), dilation=(2, 1, 2), head_dim=32), [bf16, fp32]),
+    (Case((8, 9, 10), (3, 4, 3), stride=(1, 3, 2), is_causal=(True, False, True)), [fp16]),
+]
+# Grouped heads, value dimensions and additional keys: less than a strip, and several.
+UNPACKED = [
+    (Case((14, 14), (7, 7), heads=6, key_heads=2, head_dim=32), [bf16, fp32]),
+    (Case((130,), (9,), heads=6, key_heads=1, head_dim=64, rpb=False), [fp16]),
+    (Case((13, 17), (5, 5), head_dim=32, value_dim=96), [bf16]),
+    (Case((13, 17), (5, 5), head_dim=80, value_dim=24), [fp16, fp32]),
+    *(
+        (Case((70,), (9,), heads=4, key_heads=2, head_dim=32, additional=n), [bf16, fp16, fp32])
+        for n in (1, 5, 300)
+    ),
+    (Case((30, 40), (7, 7), head_dim=32, additional=5), [bf16, fp32]),
+    (Case((5, 6, 7), (3, 3, 3), value_dim=40, key_heads=1, additional=300), [fp16, fp32]),
+    (Case((40, 40), (3, 3), head_dim=256, additional=40, batch=1), [bf16, fp32]),
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
+def parameters(problems):
+    """Each with its dtypes, named."""
+    return [
         pytest.param(case, dtype, id=f"{case}-{dtype}")
-        for case, dtypes in PROBLEMS
+        for case, dtypes in problems
         for dtype in dtypes
-    ],
-)
+    ]
+
+
+@pytest.mark.parametrize(("case", "dtype"), parameters(PROBLEMS))
+def test_a_packed_projection_agrees_with_the_definition(case, dtype):
+    check(PACKED[len(case.spatial)], case, dtype, "cuda", backend="fused")
+
+
+@pytest.mark.parametrize(("case", "dtype"), parameters(UNPACKED))
 def test_agrees_with_the_definition(case, dtype):
-    check(na2d_qkvpacked, case, dtype, "cuda", backend="fused")
+    check(FUNCTIONS[len(case.spatial)], case, dtype, "cuda", backend="fused")
 
 
 @pytest.mark.parametrize("head_dim", [16, 32])
-def test_agrees_with_the_definition_in_tf32(head_dim, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    case = Case((19, 22), (5, 7), head_dim=head_dim)
-    check(na2d_qkvpacked, case, fp32, "cuda", tolerance=2e-3, backend="fused")
+def test_agrees_with_the_definition_in_tf32(head_dim, tf32):
+    case = Case((19, 22), (5, 7), head_dim=head_dim, additional=5)
+    check(na2d, case, fp32, "cuda", tolerance=2e-3, backend="fused")
 
 
-# 32 channels of 16 bits or 16 of 32 bits: the largest heads that WINDOWED and WHOLE_GROUP meet.
-@pytest.mark.parametrize(("dtype", "head_dim"), [(fp16, 32), (bf16, 32), (fp32, 16)], ids=str)
-@pytest.mark.parametrize("name", ["WINDOWED", "WHOLE_GROUP", "LARGE_HEADS"])
-def test_every_configuration_agrees_with_the_definition(name, dtype, head_dim, monkeypatch):
+# With the largest heads that it meets, in bytes.
+CONFIGURATIONS = {
+    "WINDOWED": 64,
+    "NARROW": 64,
+    "WHOLE_GROUP": 64,
+    "SEQUENCE": 256,
+    "LARGE_HEADS": 256,
+    "VOLUME": 256,
+    "HUGE_SEQUENCE": 1024,
+    "HUGE_HEADS": 1024,
+}
+SHAPES = [
+    Case((70,), (9,), dilation=(3,), heads=4, key_heads=2, additional=5),
+    Case((19, 22), (5, 7), batch=1),
+    Case((15, 14), (5, 7), dilation=(2, 2)),
+    Case((5, 9, 10), (3, 3, 4), is_causal=(True, False, False), batch=1),
+]
+
+
+@pytest.fixture
+def configure(monkeypatch):
+    """configure(NAME): these tiles for all problems."""
+
+    def configure(name):
+        for module in (fused_forward, fused_backward):
+            monkeypatch.setattr(
+                module, "choose_tiles", lambda problem, window: getattr(tiles, name)
+            )
+            module._prepare.cache_clear()
+
+    yield configure
     for module in (fused_forward, fused_backward):
-        monkeypatch.setattr(module, "choose_tiles", lambda query, window: getattr(tiles, name))
-    case = Case((19, 22), (5, 7), head_dim=head_dim)
-    check(na2d_qkvpacked, case, dtype, "cuda", backend="fused")
+        module._prepare.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [fp16, bf16, fp32], ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=["1d", "2d", "groups of 8", "3d"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_configuration_agrees_with_the_definition(name, case, dtype, configure):
+    configure(name)
+    case = replace(case, head_dim=min(256, CONFIGURATIONS[name] // dtype.itemsize), value_dim=0)
+    check(FUNCTIONS[len(case.spatial)], case, dtype, "cuda", backend="fused")
+
+
+def test_every_configuration_is_tested():
+    found = {name for name, value in vars(tiles).items() if isinstance(value, tiles.Tiles)}
+    assert found == set(CONFIGURATIONS)
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((56, 56), (7, 7), batch=8, head_dim=32),
+        Case((3000,), (33,), heads=4, key_heads=2, head_dim=64, additional=40),
+        Case((9, 20, 21), (3, 5, 5), dilation=(1, 2, 2), head_dim=32),
+    ],
+    ids=str,
+)
+def test_equal_inputs_give_equal_bits(case, dtype):
+    tensors = random_tensors(case.shapes(), dtype, "cuda")
+    grads = random_gradients(case, dtype, "cuda")
+    function = FUNCTIONS[len(case.spatial)]
+    function = partial(function, **case.settings, return_lse=True, backend="fused")
+    first = results(function, tensors, grads)
+    for _ in range(3):
+        for name, found in results(function, tensors, grads).items():
+            assert torch.equal(found, first[name]), name
 
 
 def test_it_is_the_default_on_a_gpu():

@@ -1,15 +1,28 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import axis_window
 
+pytest.importorskip("triton")
+
+from neighborhood_attention.backends import Inputs
+from neighborhood_attention.backends.triton.launch import Problem, describe
 from neighborhood_attention.backends.triton.tiles import (
+    HUGE_HEADS,
+    HUGE_SEQUENCE,
     LARGE_HEADS,
+    NARROW,
+    SEQUENCE,
+    VOLUME,
     WHOLE_GROUP,
     WINDOWED,
     TilePlan,
     choose_tiles,
+    plan_tiles,
+    three_axes,
     tile_axis,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -70,27 +83,72 @@ def test_the_number_of_types_does_not_grow_with_the_map(length, dilation):
         assert axis.types <= 4 * axis.classes
 
 
+def test_problems_of_fewer_axes_are_flat_in_the_first():
+    assert three_axes((5, 6, 7)) == (5, 6, 7)
+    assert three_axes((6, 7)) == (1, 6, 7)
+    assert three_axes([False], True) == (True, True, False)
+
+
 def test_a_plan_covers_the_map_and_the_windows():
     window = Neighborhood((3, 7), (1, 1), (2, 1), (False, False))
     plan = TilePlan(WINDOWED.forward, window, (20, 50), of_keys=False)  # tiles 4x8, strips 2x16
-    assert plan.programs == 2 * 3 * 7  # groups * tiles of 10 rows * tiles of 50 columns
-    assert plan.column_strips == 1  # 8 + 7 - 1 keys
-    assert plan.strips == 3  # 4 + 3 - 1 keys in strips of 2 rows
+    # On the second axis 4 + 3 - 1 keys in strips of 2, on the third 8 + 7 - 1 in strips of 16.
+    assert plan.strips == (1, 3, 1)
+    assert plan.positions == 3 * 7  # tiles of 10 rows * tiles of 50 columns
+    assert plan.programs == 2 * 3 * 7  # for each dilation group
+
+
+def test_a_plan_has_positions_for_both_lengths_of_groups():
+    # Groups of 5 and 4 tokens on the last axis: 3 and 2 tiles of 2; of 2 on the others.
+    window = Neighborhood((1, 2, 3), (1, 1, 1), (1, 1, 2), (False, False, True))
+    tile = dataclasses.replace(VOLUME.forward, tile=(2, 2, 2), strip=(1, 1, 4))
+    plan = TilePlan(tile, window, (2, 2, 9), of_keys=True)
+    assert [axis.tiles for axis in plan.axes] == [1, 1, 3]
+    assert plan.positions == 2 * 3
+    assert plan.programs == 2 * 3
+
+
+def test_a_plan_is_made_once():
+    window = Neighborhood((3,), (1,), (1,), (False,))
+    of_queries, of_keys = (
+        plan_tiles(SEQUENCE.forward, window, (9,), of_keys) for of_keys in (False, True)
+    )
+    assert of_queries is plan_tiles(SEQUENCE.forward, window, (9,), False)
+    assert (of_queries.of_keys, of_keys.of_keys) == (False, True)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "dilation", "expected"),
+    ("spatial", "head_dim", "dtype", "dilation", "expected"),
     [
-        ((1, 56, 56, 2, 32), torch.bfloat16, 1, WINDOWED),
-        ((1, 7, 8, 2, 32), torch.bfloat16, 1, WHOLE_GROUP),
-        ((1, 56, 56, 2, 32), torch.float16, 7, WHOLE_GROUP),
-        ((1, 57, 56, 2, 32), torch.float16, 7, WINDOWED),
-        ((1, 7, 7, 2, 16), torch.float32, 1, WHOLE_GROUP),
-        ((1, 7, 7, 2, 64), torch.bfloat16, 1, LARGE_HEADS),
-        ((1, 56, 56, 2, 32), torch.float32, 1, LARGE_HEADS),
+        ((56, 56), 32, torch.bfloat16, 1, WINDOWED),
+        ((7, 8), 32, torch.bfloat16, 1, WHOLE_GROUP),
+        ((56, 56), 32, torch.float16, 7, WHOLE_GROUP),
+        ((57, 56), 32, torch.float16, 7, NARROW),
+            ((57, 113), 32, torch.float16, 7, WINDOWED),
+        ((7, 7), 16, torch.float32, 1, WHOLE_GROUP),
+        ((7, 7), 64, torch.bfloat16, 1, LARGE_HEADS),
+        ((56, 56), 32, torch.float32, 1, LARGE_HEADS),
+        ((56, 56), 128, torch.bfloat16, 1, LARGE_HEADS),
+        ((56, 56), 129, torch.bfloat16, 1, HUGE_HEADS),
+        ((56, 56), 256, torch.float32, 1, HUGE_HEADS),
+        ((56,), 32, torch.bfloat16, 1, SEQUENCE),
+        ((56,), 64, torch.float32, 1, SEQUENCE),
+        ((56,), 65, torch.float32, 1, HUGE_SEQUENCE),
+        ((7, 7, 7), 32, torch.float16, 1, VOLUME),
+        ((7, 7, 7), 256, torch.float16, 1, HUGE_HEADS),
     ],
-)
-def test_the_tiles_follow_the_head_and_the_dilation_group(shape, dtype, dilation, expected):
-    query = torch.empty(shape, dtype=dtype, device="meta")
-    window = Neighborhood((7, 7), (1, 1), (dilation, dilation), (False, False))
-    assert choose_tiles(query, window) is expected
+)  # fmt: skip
+def test_the_tiles_follow_the_axes_the_head_and_the_dilation_group(
+    spatial, head_dim, dtype, dilation, expected
+):
+    query = torch.empty(1, *spatial, 2, head_dim, dtype=dtype, device="meta")
+    dims = len(spatial)
+    window = Neighborhood((7,) * dims, (1,) * dims, (dilation,) * dims, (False,) * dims)
+    assert choose_tiles(Problem.of(describe(Inputs(query, query, query))), window) is expected
+
+
+def test_the_larger_of_both_head_dimensions_decides():
+    query, value = (torch.empty(1, 9, 9, 2, d, device="meta") for d in (16, 32))
+    window = Neighborhood((3, 3), (1, 1), (1, 1), (False, False))
+    assert choose_tiles(Problem.of(describe(Inputs(query, query, value))), window) is LARGE_HEADS
+    assert choose_tiles(Problem.of(describe(Inputs(value, value, query))), window) is LARGE_HEADS

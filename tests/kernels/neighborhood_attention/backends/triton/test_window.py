@@ -10,47 +10,48 @@ import triton.language as tl  # noqa: E402
 
 from neighborhood_attention.backends.triton.tiles import tile_axis  # noqa: E402
 from neighborhood_attention.backends.triton.window import (  # noqa: E402
+    additional_scores,
+    block_tokens,
+    count_strips,
     locate_tile,
     masked_gradient,
     masked_scores,
+    strip_start,
     tile_type,
+    token_index,
+    token_offsets,
 )
 
 pytestmark = pytest.mark.interpreter
 
 
 @triton.jit
-def _locate(
-    found, heads, row_tiles, column_tiles, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr
-):
-    batch, head, group_h, group_w, tile_h, tile_w = locate_tile(
-        heads, row_tiles, column_tiles, DILATION_H, DILATION_W
-    )
-    found += tl.program_id(0) * 6
-    tl.store(found, batch)
+def _locate(found, heads, tiles, DILATION: tl.constexpr):
+    image, head, group, tile = locate_tile(heads, tiles, DILATION)
+    found += tl.program_id(0) * 8
+    tl.store(found, image)
     tl.store(found + 1, head)
-    tl.store(found + 2, group_h)
-    tl.store(found + 3, group_w)
-    tl.store(found + 4, tile_h)
-    tl.store(found + 5, tile_w)
+    for axis in tl.static_range(3):
+        tl.store(found + 2 + axis, group[axis])
+        tl.store(found + 5 + axis, tile[axis])
 
 
 def test_each_tile_of_each_group_head_and_image_has_one_program(device):
-    heads, rows, columns, dilation_h, dilation_w, images = 3, 2, 5, 2, 3, 2
-    programs = heads * rows * columns * dilation_h * dilation_w * images
-    found = torch.full((programs, 6), -1, device=device)
-    _locate[(programs,)](found, heads, rows, columns, dilation_h, dilation_w)
-    expected = itertools.product(
-        *map(range, (images, heads, dilation_h, dilation_w, rows, columns))
-    )
-    assert sorted(map(tuple, found.tolist())) == sorted(expected)
+    images, heads, dilation, tiles = 2, 3, (2, 1, 3), (1, 2, 3)
+    sizes = images, heads, *dilation, *tiles
+    programs = torch.tensor(sizes).prod().item()
+    found = torch.full((programs, 8), -1, device=device)
+    _locate[(programs,)](found, heads, tiles, dilation)
+    assert sorted(map(tuple, found.tolist())) == sorted(itertools.product(*map(range, sizes)))
     assert found[:heads, 1].tolist() == list(range(heads))  # neighbors in memory
 
 
 @triton.jit
-def _type(found, length, is_short, front, back, TILE: tl.constexpr):
+def _type(found, group, size, length, front, back, DILATION: tl.constexpr, TILE: tl.constexpr):
     tile = tl.program_id(0)
-    tl.store(found + tile, tile_type(tile, length, is_short, front, back, TILE))
+    kind, types = tile_type(tile, group, size, length, front, back, DILATION, TILE)
+    tl.store(found + 2 * tile, kind)
+    tl.store(found + 2 * tile + 1, types)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,13 @@ def test_types_are_numbered_from_the_front_to_the_back(
     length, kernel_size, stride, dilation, device
 ):
     axis = tile_axis(length, kernel_size, stride, dilation, False, 4, False)
-    short = length % dilation > 0
-    for is_short in range(1 + short):
-        members = len(range(is_short * (dilation - 1), length, dilation))
+    for group in range(dilation):
+        members = len(range(group, length, dilation))
         tiles = -(-members // 4)
-        found = torch.full((tiles,), -1, device=device)
-        _type[(tiles,)](found, members, is_short, axis.front, axis.back, 4)
+        found = torch.full((tiles, 2), -1, device=device)
+        arguments = group, length, members, axis.front, axis.back
+        _type[(tiles,)](found, *arguments, DILATION=dilation, TILE=4)
+        is_short = members < len(range(0, length, dilation))
         first = is_short * axis.types // axis.classes
         between = tiles - axis.front - axis.back
         last = first + axis.front + 1
@@ -75,7 +77,86 @@ def test_types_are_numbered_from_the_front_to_the_back(
             *[first + axis.front] * between,
             *range(last, last + axis.back),
         ]
-        assert found.tolist() == expected
+        assert found[:, 0].tolist() == expected
+        assert found[:, 1].tolist() == [axis.types] * tiles
+
+
+@triton.jit
+def _strips(found, count, start, end, STRIP: tl.constexpr, STRIPS: tl.constexpr):
+    strips = count_strips(start, end, STRIP, STRIPS)
+    tl.store(count, strips)
+    for strip in range(strips):
+        first = strip_start(strip, start, STRIP, STRIPS)
+        for axis in tl.static_range(3):
+            tl.store(found + 3 * strip + axis, first[axis])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "strip", "strips"),
+    [
+        ((0, 0, 3), (1, 1, 30), (1, 1, 8), (1, 1, 5)),
+        ((0, 2, 3), (1, 9, 12), (1, 2, 16), (1, 5, 1)),
+        ((0, 2, 3), (1, 9, 30), (1, 2, 8), (1, 4, 4)),
+        ((4, 2, 3), (6, 9, 30), (1, 4, 8), (3, 2, 4)),
+    ],
+    ids=["sequence", "rows", "rows and columns", "volume"],
+)
+def test_strips_cover_what_a_tile_meets_once(start, end, strip, strips, device):
+    """`strips` cover the largest halo of all tiles; this one may be smaller."""
+    found = torch.full((torch.tensor(strips).prod().item(), 3), -1, device=device)
+    count = torch.zeros(1, dtype=torch.int32, device=device)
+    _strips[(1,)](found, count, start, end, strip, strips)
+    firsts = found[: count.item()].tolist()
+    assert sorted(firsts) == firsts
+    blocks = [
+        token
+        for first in firsts
+        for token in itertools.product(
+            *(range(f, f + size) for f, size in zip(first, strip, strict=True))
+        )
+    ]
+    assert len(set(blocks)) == len(blocks)
+    assert set(itertools.product(*map(range, start, end))) <= set(blocks)
+    axis = next((a for a in range(3) if strips[a] > 1), 2)
+    assert max(first[axis] for first in firsts) < end[axis]  # none that meets nothing
+
+
+@triton.jit
+def _tokens(
+    found, first, length, group, size, strides,
+    DILATION: tl.constexpr, SHAPE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
+    token, exists = block_tokens(first, length, group, DILATION, SHAPE)
+    found += tl.arange(0, TOKENS)
+    tl.store(found, tl.where(exists, token_offsets(token, strides, WIDE), -1))
+    tl.store(found + TOKENS, tl.where(exists, token_index(token, size, 5, WIDE), -1))
+
+
+def test_tokens_of_a_block_have_their_place_on_the_map(device):
+    size, dilation, group, first, shape = (3, 7, 12), (1, 2, 3), (0, 1, 2), (1, 1, 2), (1, 4, 4)
+    strides = 10**9, 10**6, 10**3, 1, 7
+    length = tuple(len(range(g, s, d)) for g, s, d in zip(group, size, dilation, strict=True))
+    found = torch.zeros(2, 16, dtype=torch.int64, device=device)
+    _tokens[(1,)](found, first, length, group, size, strides, dilation, shape, WIDE=True)
+    expected = []
+    for inner in itertools.product(*map(range, shape)):
+        d, h, w = (
+            g + step * (f + i) for g, step, f, i in zip(group, dilation, first, inner, strict=True)
+        )
+        exists = d < size[0] and h < size[1] and w < size[2]
+        offsets = d * 10**6 + h * 10**3 + w, ((d * size[1] + h) * size[2] + w) * 5
+        expected.append(offsets if exists else (-1, -1))
+    assert found.T.tolist() == [list(pair) for pair in expected]
+
+
+def test_wide_offsets_exceed_32_bits(device):
+    found = torch.zeros(2, 16, dtype=torch.int64, device=device)
+    strides = 0, 2**31, 2**32, 2**33, 1
+    _tokens[(1,)](
+        found, (1, 0, 0), (2, 4, 4), (0, 0, 0), (2, 4, 4), strides, (1, 1, 1), (1, 4, 4), WIDE=True
+    )
+    assert found[0].tolist() == [2**31 + h * 2**32 + w * 2**33 for h in range(4) for w in range(4)]
 
 
 @triton.jit
@@ -83,7 +164,7 @@ def _mask(dots, bias, scores, gradients):
     i = tl.arange(0, 4)
     d, b = tl.load(dots + i), tl.load(bias + i)
     tl.store(scores + i, masked_scores(d, 0.5, b))
-    tl.store(gradients + i, masked_gradient(tl.exp2(b), d, b, 1.0))
+    tl.store(gradients + i, masked_gradient(tl.exp2(b), d, 1.0))
 
 
 def test_what_overflows_outside_the_window_is_masked(device):
@@ -95,3 +176,17 @@ def test_what_overflows_outside_the_window_is_masked(device):
     assert scores[0].item() == pytest.approx(2 * 0.5 * 1.4426950408889634 + 1)
     assert scores[1:].tolist() == [-inf] * 3
     assert gradients.tolist() == [2.0, 0.0, 0.0, 0.0]
+
+
+@triton.jit
+def _additional(dots, scores, first, count):
+    i = tl.arange(0, 4)
+    d = tl.load(dots + i)[None, :]
+    tl.store(scores + i[None, :], additional_scores(d, 0.5, first, count, 4))
+
+
+def test_additional_keys_end_where_they_are_counted_to(device):
+    dots, scores = torch.ones(4, device=device), torch.empty(4, device=device)
+    _additional[(1,)](dots, scores, 8, 10)
+    assert scores[:2].tolist() == pytest.approx([0.5 * 1.4426950408889634] * 2)
+    assert scores[2:].tolist() == [-float("inf")] * 2

@@ -1,0 +1,166 @@
+"""Gradients of the query and of the bias in one pass, where few strips hold a tile's keys.
+
+A program owns a tile of queries at one position of the map and walks over images and dilation
+groups. It computes ds once (see `fused_backward`), for the query's gradient and for the sum over
+its items that `fused_bias_gradient` reduces. The sums stay in registers, which bounds the strips.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neighborhood_attention.backends.triton.bias_table import BiasTable
+from neighborhood_attention.backends.triton.fused_bias_gradient import BiasReduction
+from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.tiles import TilePlan
+from neighborhood_attention.backends.triton.window import (
+    block_tokens,
+    count_items,
+    group_lengths,
+    groups_alike,
+    load_tokens,
+    locate_item,
+    locate_position,
+    masked_gradient,
+    masked_scores,
+    store_tokens,
+    strip_start,
+    table_block,
+    table_entry,
+    tile_ranges,
+    tile_tokens,
+    token_index,
+    token_offsets,
+)
+from neighborhood_attention.geometry import Neighborhood
+
+MAX_STRIPS = 2
+
+
+class QueryBiasGradient:
+    """Fills the gradients of a problem's query and bias, and delta."""
+
+    def __init__(
+        self, problem: Problem, window: Neighborhood, plan: TilePlan, settings: dict[str, Any]
+    ) -> None:
+        tile, strips = plan.tile, prod(plan.strips)
+        shares = plan.shares(problem.query.shape[0], problem.query.shape[-2])
+        programs = plan.positions * problem.query.shape[-2] * shares
+        self._table = BiasTable(problem, window, plan)
+        self._sums = programs * strips * prod(tile.tile) * prod(tile.strip)
+        self._launch = Launch(
+            _query_bias_gradient_kernel,
+            programs,
+            {
+                **settings, **plan_arguments(plan), "table_stride": self._table.head_stride,
+                "batch": problem.query.shape[0], "shares": shares, "positions": plan.positions,
+            },
+            **tile.options,
+        )  # fmt: skip
+        self._reduction = BiasReduction(problem, plan, shares, settings)
+
+    def fill(
+        self, grad_query: Tensor, grad_rpb: Tensor, delta: Tensor, rpb: Tensor,
+        *tensors: Tensor | None,
+    ) -> None:  # fmt: skip
+        """`tensors` are query, key, value, the output's gradient, output, lse, lse's gradient."""
+        sums = torch.empty(self._sums, dtype=torch.float32, device=rpb.device)
+        self._launch(*tensors, delta, self._table.build(rpb), grad_query, sums)
+        self._reduction.fill(grad_rpb, sums)
+
+
+@triton.jit
+def _query_bias_gradient_kernel(
+    query, key, value, grad_output, output, lse, grad_lse, delta, table, grad_query, sums,
+    query_strides, key_strides, value_strides, grad_output_strides, grad_query_strides,
+    table_stride, batch, shares, positions, size, heads, heads_per_key, scale, tiles, front, back,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """One tile at one position, a share of the items. Grid: (heads * positions * shares,)."""
+    TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    ALL_STRIPS: tl.constexpr = STRIPS[0] * STRIPS[1] * STRIPS[2]
+    tl.static_assert(ALL_STRIPS <= 2)
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    position = program // heads % positions
+    share = program // heads // positions
+    tile, first_group = locate_position(position, size, tiles, DILATION)
+    groups = groups_alike(first_group, size, DILATION)
+    length = group_lengths(first_group, size, DILATION)
+    start, _ = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
+    entry = table_entry(tile, first_group, size, length, front, back, DILATION, TILE) * ALL_STRIPS
+    table = table_block(table + head * table_stride, entry, TILE_TOKENS, STRIP_TOKENS)
+    query += head * query_strides[4]
+    key += head // heads_per_key * key_strides[4]
+    value += head // heads_per_key * value_strides[4]
+    grad_output += head * grad_output_strides[4]
+    grad_query += head * grad_query_strides[4]
+    output += head * VALUE_DIM
+    sum_0 = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)
+    sum_1 = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)
+
+    for item in range(share, count_items(batch, groups, tile, length, TILE), shares):
+        image, group = locate_item(item, first_group, groups)
+        query_token, is_query = tile_tokens(tile, length, group, DILATION, TILE)
+        token = token_index(query_token, size, heads, WIDE)
+        first_token = image * size[0] * size[1] * size[2] * heads
+        query_offsets = token_offsets(query_token, query_strides, WIDE)
+        q = load_tokens(
+            query + image * query_strides[0], query_offsets, is_query, HEAD_DIM, BLOCK_D
+        )
+        do = load_tokens(
+            grad_output + image * grad_output_strides[0],
+            token_offsets(query_token, grad_output_strides, WIDE), is_query, VALUE_DIM, BLOCK_V,
+        )  # fmt: skip
+        o = load_tokens(
+            output + first_token * VALUE_DIM, token * VALUE_DIM, is_query, VALUE_DIM, BLOCK_V
+        )
+        row = first_token + head + token
+        row_lse = tl.load(lse + row, mask=is_query, other=0.0) * 1.4426950408889634
+        row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        if grad_lse is not None:
+            row_delta -= tl.load(grad_lse + row, mask=is_query, other=0.0)
+        tl.store(delta + row, row_delta, mask=is_query)
+        dq = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
+        for strip in tl.static_range(ALL_STRIPS):
+            first = strip_start(strip, start, STRIP, STRIPS)
+            key_token, is_key = block_tokens(first, length, group, DILATION, STRIP)
+            key_offsets = token_offsets(key_token, key_strides, WIDE)
+            value_offsets = key_offsets
+            if not EQUAL_STRIDES:
+                value_offsets = token_offsets(key_token, value_strides, WIDE)
+            k = load_tokens(key + image * key_strides[0], key_offsets, is_key, HEAD_DIM, BLOCK_D)
+            v = load_tokens(
+                value + image * value_strides[0], value_offsets, is_key, VALUE_DIM, BLOCK_V
+            )
+            bias = tl.load(table + strip * (TILE_TOKENS * STRIP_TOKENS)).to(tl.float32)
+            s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            p = tl.exp2(s - row_lse[:, None])
+            ds = masked_gradient(p, dp, row_delta[:, None])
+            if strip == 0:
+                sum_0 += ds
+            else:
+                sum_1 += ds
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        grad_offsets = query_offsets
+        if not EQUAL_STRIDES:
+            grad_offsets = token_offsets(query_token, grad_query_strides, WIDE)
+        store_tokens(
+            grad_query + image * grad_query_strides[0], grad_offsets, is_query, dq * scale,
+            HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+
+    block = ((share * heads + head) * positions + position) * ALL_STRIPS
+    tl.store(table_block(sums, block, TILE_TOKENS, STRIP_TOKENS), sum_0)
+    if ALL_STRIPS > 1:
+        tl.store(table_block(sums, block + 1, TILE_TOKENS, STRIP_TOKENS), sum_1)
