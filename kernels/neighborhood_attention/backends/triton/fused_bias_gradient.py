@@ -41,6 +41,7 @@ from neighborhood_attention.geometry import Neighborhood
 TARGET_REDUCTIONS = 128
 # Partial sums that a reducing program reads at a time.
 REDUCED = 4096
+MAX_COLUMNS = 64
 
 
 class BiasGradient:
@@ -84,9 +85,10 @@ class BiasReduction:
     ) -> None:
         heads = problem.query.shape[-2]
         *rows, columns = (2 * size - 1 for size in settings["KERNEL_SIZE"])
-        block_columns = triton.next_power_of_2(columns)
+        block_columns = min(MAX_COLUMNS, triton.next_power_of_2(columns))
+        blocks = ceil(columns / block_columns)
         block_items = max(1, REDUCED // (prod(plan.tile.tile) * block_columns))
-        programs = heads * prod(rows)
+        programs = heads * prod(rows) * blocks
         items = plan.positions * shares
         self._splits = max(1, min(TARGET_REDUCTIONS // programs, ceil(items / block_items)))
         self._launch = Launch(
@@ -94,8 +96,8 @@ class BiasReduction:
             programs * self._splits,
             {
                 **settings, **plan_arguments(plan), "positions": plan.positions, "items": items,
-                "splits": self._splits, "ITEMS": block_items, "COLUMNS": block_columns,
-                "OF_KEYS": plan.of_keys,
+                "splits": self._splits, "blocks": blocks, "ITEMS": block_items,
+                "COLUMNS": block_columns, "OF_KEYS": plan.of_keys,
             },
             num_warps=8,
         )  # fmt: skip
@@ -181,13 +183,13 @@ def _partial_kernel(
 
 @triton.jit
 def _reduce_kernel(
-    partial, gradient, positions, items, splits, size, heads, tiles, front, back,
+    partial, gradient, positions, items, splits, blocks, size, heads, tiles, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ITEMS: tl.constexpr, COLUMNS: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One head's offsets on all axes but the last. Grid: (offsets * heads * splits,).
+    """Some offsets on the last axis, one on each other. Grid: (blocks * offsets * heads * splits,).
 
     Writes [splits, heads, offsets of all axes].
     """
@@ -196,12 +198,13 @@ def _reduce_kernel(
     spans_d: tl.constexpr = 2 * KERNEL_SIZE[0] - 1
     spans_h: tl.constexpr = 2 * KERNEL_SIZE[1] - 1
     spans_w: tl.constexpr = 2 * KERNEL_SIZE[2] - 1
-    program = tl.program_id(0)
+    block = tl.program_id(0) % blocks
+    program = tl.program_id(0) // blocks
     offset_d = program // spans_h % spans_d - KERNEL_SIZE[0] + 1  # key - query
     offset_h = program % spans_h - KERNEL_SIZE[1] + 1
     head = program // (spans_d * spans_h) % heads
     split = program // (spans_d * spans_h) // heads
-    column = tl.arange(0, COLUMNS)[None, :]
+    column = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     offset_w = column - KERNEL_SIZE[2] + 1
     if OF_KEYS:
         offset_d, offset_h, offset_w = -offset_d, -offset_h, -offset_w
@@ -222,9 +225,9 @@ def _reduce_kernel(
         is_pair = is_row[:, None] & (w >= 0) & (w < STRIPS[2] * STRIP[2]) & (column < spans_w)
         strip = ((d // STRIP[0] * STRIPS[1] + h // STRIP[1]) * STRIPS[2])[:, None] + w // STRIP[2]
         n = ((d % STRIP[0] * STRIP[1] + h % STRIP[1]) * STRIP[2])[:, None] + w % STRIP[2]
-        block = (item // positions * heads + head).to(tl.int64) * positions + item % positions
-        block = block[:, None] * (STRIPS[0] * STRIPS[1] * STRIPS[2]) + strip
-        index = (block * TILE_TOKENS + (i % TILE_TOKENS)[:, None]) * STRIP_TOKENS + n
+        first_strip = (item // positions * heads + head).to(tl.int64) * positions + item % positions
+        strip += first_strip[:, None] * (STRIPS[0] * STRIPS[1] * STRIPS[2])
+        index = (strip * TILE_TOKENS + (i % TILE_TOKENS)[:, None]) * STRIP_TOKENS + n
         total += tl.load(partial + index, mask=is_pair, other=0.0)
     sums = tl.sum(total, 0)[None, :].to(gradient.dtype.element_ty)
     row = program.to(tl.int64) * spans_w

@@ -151,6 +151,8 @@ def _forward_kernel(
             running_max, running_sum, running_output, s, v, PRECISION
         )
 
+    # No softmax of what `masked_scores` clamped.
+    running_sum = tl.where(running_max > 1.0e38, float("nan"), running_sum)
     token = token_index(query_token, size, heads, WIDE)
     result = running_output / running_sum[:, None]
     store_tokens(output, token * VALUE_DIM, is_query, result, VALUE_DIM, BLOCK_V)

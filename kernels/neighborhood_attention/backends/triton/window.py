@@ -302,12 +302,15 @@ def table_block(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def masked_scores(dots, scale, bias):
-    """Logits in powers of 2; -inf outside the window, whatever overflowed there."""
-    # The minimum of NaN and a number is the number.
+    """Logits in powers of 2; -inf outside the window, whatever overflowed there.
+
+    A NaN or an infinity inside the window becomes 3e38: the minimum of NaN and a number is the
+    number. To select by the bias costs more, since that crosses layouts.
+    """
     return tl.minimum(dots * (scale * 1.4426950408889634), 3.0e38) + bias
 
 
 @triton.jit
 def masked_gradient(p, dp, delta):
     """Gradient of the logits; exactly zero outside the window, whatever `dp` overflowed to."""
-    return tl.where(p > 0.0, p * (dp - delta), 0.0)
+    return tl.where(p == 0.0, 0.0, p * (dp - delta))

@@ -169,6 +169,22 @@ def test_tokens_outside_a_window_however_large_change_nothing(case, dtype, devic
         assert not found[name][:, far:].any()
 
 
+@pytest.mark.parametrize("name", ["query", "key"])
+@pytest.mark.parametrize("value", [torch.nan, 3e38], ids=["nan", "overflow"])
+def test_scores_that_are_not_finite_are_not_hidden(value, name, device):
+    case = Case((12,), (3,), **ONE, rpb=False)
+    tensors = {n: torch.ones(s, device=device) for n, s in case.shapes().items()}
+    tensors[name][:, 5] = value
+    grads = [torch.ones_like(tensors["query"]), torch.zeros_like(tensors["query"][..., 0])]
+    found = results(fused(case), tensors, grads)
+    touched = [5] if name == "query" else [4, 5, 6]  # the queries that see the key
+    broken = {n: (~x.view(12, -1).isfinite().all(-1)).nonzero() for n, x in found.items()}
+    for result in ("output", "lse"):
+        assert broken[result].flatten().tolist() == touched, result
+    # In the gradient a NaN key reaches all of its strip: 0 * NaN.
+    assert set(touched) <= set(broken["grad_query"].flatten().tolist())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

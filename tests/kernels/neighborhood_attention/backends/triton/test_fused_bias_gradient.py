@@ -76,6 +76,11 @@ def test_several_splits_agree_on_every_axis(case, divide, reductions, device):
     assert reductions[0][1] > 1
 
 
+def test_a_wide_window_has_its_offsets_in_blocks(device):
+    case = Case((45,), (36,), batch=1, heads=2, head_dim=8)  # 71 offsets, 64 a block
+    check(na1d, case, torch.float32, device, backend="fused")
+
+
 @pytest.mark.parametrize(
     ("dtype", "reduced"),
     [(torch.float16, 4096), (torch.float64, 256)],

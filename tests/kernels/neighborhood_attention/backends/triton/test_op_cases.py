@@ -7,6 +7,7 @@ import fcntl
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from math import prod
 
 import oracle
@@ -38,13 +39,6 @@ CASES = [(case, dtype_of(number, case)) for number, case in enumerate(op_cases()
 
 
 @pytest.fixture(scope="session")
-def workers_folder(tmp_path_factory):
-    """Shared by the processes of one run."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-
-
-@pytest.fixture(scope="session")
 def compiled(request, workers_folder):
     """The kernels of all cases that this run selects."""
     import compile_ahead
@@ -66,17 +60,14 @@ def compiled(request, workers_folder):
 @pytest.mark.parametrize(
     "problem", CASES, ids=[f"{case}-b{case.batch}-{dtype}" for case, dtype in CASES]
 )
-def test_agrees_with_the_definition(problem, compiled, workers_folder):
+def test_agrees_with_the_definition(problem, compiled, much_memory):
     case, dtype = problem
     function = FUNCTIONS[len(case.spatial)]
     if pairs_of_tokens(case) <= WHOLE:
         oracle.check(function, case, dtype, "cuda", backend="fused")
         return
-    with open(workers_folder / "large", "w") as lock:
-        if scores(case) > LARGE:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time fits into the memory
+    with much_memory() if scores(case) > LARGE else nullcontext():
         windowed.check(function, case, dtype, "cuda", SAMPLED, backend="fused")
-        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize(
