@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 TEST := -m pytest $(ARGS)
 
-.PHONY: help train bench verify-weights test test-timm test-gpu lint fix type wheel
+.PHONY: help train bench verify-weights test test-timm fuzz test-gpu lint fix type wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
