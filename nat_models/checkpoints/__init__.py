@@ -8,6 +8,7 @@ from nat_models.checkpoints.loading import (
     load_checkpoint,
     load_weights,
     mismatches,
+    pretrained_filter_fn,
     shown,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "mismatches",
+    "pretrained_filter_fn",
     "read_checkpoint",
     "sha256",
     "shown",

@@ -71,6 +71,47 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     }
 
 
+def pretrained_filter_fn(state_dict: StateDict, model: Any) -> StateDict:
+    """As `checkpoint_filter_fn`, for timm's `pretrained=True`; it refuses what fits in part only.
+
+    timm itself would load the part, where it adapts the weights to other classes or to features.
+
+    Args:
+        state_dict: Tensors by key; not modified.
+        model: The model to be loaded, with its `pretrained_cfg`.
+
+    Returns:
+        A new state dict. A detector's has no classifier and no norm before it.
+
+    Raises:
+        CheckpointError: Keys or shapes are not the model's, those aside that timm adapts: the
+            classifier's and the image's channels.
+    """
+    cfg = model.pretrained_cfg
+    source = cfg.get("file") or cfg.get("hf_hub_id") or cfg.get("url") or "pretrained weights"
+    try:
+        ours = checkpoint_filter_fn(state_dict, model)
+    except ValueError as error:
+        raise CheckpointError(source, str(error)) from error
+    wanted = {
+        key: value
+        for key, value in model.state_dict().items()
+        if key in ours or not key.startswith((*_OPTIONAL, "norm."))
+    }
+    stem = f"{cfg['first_conv']}.weight"
+
+    def compared(weights: StateDict) -> StateDict:
+        return {
+            key: value[:, :1] if key == stem and value.ndim == 4 else value
+            for key, value in weights.items()
+            if not key.startswith("head.")
+        }
+
+    if problems := mismatches(compared(ours), compared(wanted)):
+        raise CheckpointError(source, f"does not fit {type(model).__name__}:{shown(problems)}")
+    return ours
+
+
 def convert_before_loading(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
@@ -112,6 +153,8 @@ def shown(problems: list[str], most: int = 5) -> str:
 
 def _resized(table: Tensor, shape: Size) -> Tensor:
     """Resize a bias table bicubically, as the original did for larger kernels."""
+    if table.ndim != 3 or table.shape[0] != shape[0] or not table.is_floating_point():
+        return table  # not one for this many heads: a mismatch
     kernel_size = ((shape[1] + 1) // 2, (shape[2] + 1) // 2)
     resized: Tensor = resize_rel_pos_bias_table_simple(table, kernel_size, shape)
     return resized

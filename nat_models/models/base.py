@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices  # not public, but part o
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from nat_models.checkpoints import checkpoint_filter_fn, convert_before_loading
+from nat_models.checkpoints import convert_before_loading, pretrained_filter_fn
 from nat_models.models.layers import TransformerBlock
 from neighborhood_attention import NeighborhoodAttention2D, list_backends
 
@@ -126,8 +126,9 @@ class VisionModel(nn.Module):
                 map: `floor(side / kernel_size)`, at least 1, the rule of the published models.
         """
         size = to_2tuple(img_size)
-        dilations = self._rescale_dilations(size) if rescale_dilations else None
-        update_model_input_size(self, size, dilations=dilations)
+        update_model_input_size(self, size)  # refuses what is no size
+        if rescale_dilations:
+            update_model_input_size(self, size, dilations=self._rescale_dilations(size))
 
     @torch.jit.ignore
     def _rescale_dilations(self, img_size: tuple[int, int]) -> Sequence[Any]:
@@ -319,7 +320,7 @@ def create(
         model_class,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter_fn,
         feature_cfg=feature_cfg,
         **kwargs,
     )

@@ -138,6 +138,45 @@ def test_checkpoint_path_takes_every_layout(model, original, images, layouts, la
     )
 
 
+@pytest.mark.parametrize(
+    "adapted",
+    [{}, {"num_classes": 5}, {"in_chans": 1}, {"features_only": True}],
+    ids=["same", "classes", "channels", "features"],
+)
+def test_pretrained_names_the_file_that_does_not_fit(original, tmp_path, adapted):
+    def create(weights):
+        torch.save(weights, tmp_path / "weights.pth")
+        source = {"file": str(tmp_path / "weights.pth"), "num_classes": 11}
+        args = {"num_classes": 11, **SMALL, **adapted}
+        timm.create_model("nat_small", pretrained=True, pretrained_cfg_overlay=source, **args)
+
+    create(original)
+    with pytest.raises(
+        CheckpointError, match=r"weights\.pth: .*NAT:\n  patch_embed\.proj\.0\.weight"
+    ):
+        create({"conv1.weight": torch.zeros(1)})
+    without = {k: v for k, v in original.items() if k != "levels.2.blocks.0.attn.rpb"}
+    with pytest.raises(CheckpointError, match=r"rpb \[4, 13, 13\] is missing"):
+        create(without)
+    with pytest.raises(CheckpointError, match=r"extra \[1\] is not the model's"):
+        create({**original, "extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"norm\.bias has shape \[7\], the model's \[256\]"):
+        create({**original, "norm.bias": torch.zeros(7)})
+
+
+@pytest.mark.parametrize(
+    "table",
+    [torch.zeros(13), torch.zeros(169, 2), torch.zeros(3, 21, 21)],
+    ids=["1d", "2d", "heads"],
+)
+def test_bias_table_of_another_kind_is_named(model, original, table, tmp_path):
+    key = "levels.0.blocks.0.attn.rpb"
+    torch.save({**original, key: table}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(model, tmp_path / "weights.pth")
+    assert f"{key} has shape {list(table.shape)}, the model's [1, 13, 13]" in str(error.value)
+
+
 def test_checkpoint_path_refuses_what_does_not_fit(original, tmp_path):
     torch.save(original, tmp_path / "weights.pth")
     with pytest.raises(RuntimeError, match=r"size mismatch for head\.fc\.weight"):

@@ -290,6 +290,14 @@ def test_dilations_can_follow_the_size(published, size, rows, columns):
     assert all(a == (1, 1) for a, b in zip(after, before, strict=True) if b == (1, 1))
 
 
+def test_refused_size_changes_nothing(tiny_model):
+    model = tiny_model("dinat_mini")
+    before = [attention.dilation for attention in neighborhood_attentions(model)]
+    with pytest.raises(ValueError, match=r"\(0, 0\)"):
+        model.set_input_size(0, rescale_dilations=True)
+    assert [attention.dilation for attention in neighborhood_attentions(model)] == before
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript(create, model, images):
     torch.testing.assert_close(torch.jit.script(model)(images), model(images))
