@@ -22,7 +22,7 @@ def test_faults_of_the_program_pass():
 
 
 def test_the_death_of_a_loading_process_is_told_from_other_errors():
-    with pytest.raises(RunStopped, match="died: .*Killed"), faults_of_the_machine():
+    with pytest.raises(RunStopped, match=r"died: .*Killed"), faults_of_the_machine():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match=r"^shape"), faults_of_the_machine():
         raise RuntimeError("shape")
