@@ -22,15 +22,19 @@ from neighborhood_attention import na1d, na2d, na3d
 
 TOOLS = "memcheck", "racecheck"
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
-# Shape of the map, kernel size, dilation, head dimensions, additional keys: each choice of tiles,
-# with groups of two lengths and tiles that are not full.
+HEADS = 4
+# Shape of the map, kernel size, dilation, key heads, head dimensions, additional keys: each choice
+# of tiles and each kernel, with groups of two lengths and tiles that are not full.
 PROBLEMS = [
-    ((19, 21), 5, 2, 32, 32, None),
-    ((7, 7), 7, 1, 32, 32, None),
-    ((11, 13), 3, 1, 40, 24, 5),
-    ((70,), 9, 3, 32, 32, 40),
-    ((5, 6, 7), 3, 1, 16, 16, 3),
-    ((9, 11), 3, 1, 256, 256, 5),
+    ((19, 21), 5, 2, 2, 32, 32, None),
+    ((19, 18), 5, 1, 2, 32, 32, None),
+    ((13, 15), 7, 2, 4, 32, 32, None),
+    ((7, 7), 7, 1, 2, 32, 32, None),
+    ((11, 13), 3, 1, 2, 40, 24, 5),
+    ((70,), 9, 3, 2, 32, 32, 40),
+    ((5, 6, 7), 3, 1, 2, 16, 16, 3),
+    ((9, 11), 3, 1, 2, 256, 256, 5),
+    ((40,), 5, 1, 2, 256, 64, None),
 ]
 
 
@@ -92,17 +96,17 @@ def check(path: str, tool: str) -> dict[str, object]:
 
 def run_problems() -> None:
     """Forward and backward of all problems."""
-    for spatial, kernel_size, dilation, head_dim, value_dim, additional in PROBLEMS:
+    for spatial, kernel_size, dilation, key_heads, head_dim, value_dim, additional in PROBLEMS:
         for dtype in (torch.bfloat16, torch.float32):
             tensors = {
-                "query": (2, *spatial, 4, head_dim),
-                "key": (2, *spatial, 2, head_dim),
-                "value": (2, *spatial, 2, value_dim),
-                "rpb": (4, *(2 * kernel_size - 1 for _ in spatial)),
+                "query": (2, *spatial, HEADS, head_dim),
+                "key": (2, *spatial, key_heads, head_dim),
+                "value": (2, *spatial, key_heads, value_dim),
+                "rpb": (HEADS, *(2 * kernel_size - 1 for _ in spatial)),
             }
             if additional is not None:
-                tensors["additional_keys"] = (2, additional, 2, head_dim)
-                tensors["additional_values"] = (2, additional, 2, value_dim)
+                tensors["additional_keys"] = (2, additional, key_heads, head_dim)
+                tensors["additional_values"] = (2, additional, key_heads, value_dim)
             leaves = {
                 name: torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
                 for name, shape in tensors.items()
