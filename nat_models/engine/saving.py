@@ -7,12 +7,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nat_models.engine.delayed import Delayed
+
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -41,12 +43,13 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
 
 
-class StopOnSignal(Callback):
-    """SIGTERM and SIGUSR1 stop a run between two steps, all its processes after the same one.
+class StopOnSignal(Checkpoint):  # as such after those listed before it: a requeue ends the job
+    """SIGTERM, SIGUSR1 and SIGUSR2 stop a run between two steps, all its processes after the same.
 
     Lightning's own handling cannot be resumed exactly: it may stop in the middle of a validation or
     of an accumulated step, in SLURM it saves wherever the signal comes, and to agree it makes every
-    process wait for its device at every step. In SLURM the job is put back into the queue.
+    process wait for its device at every step. In SLURM the latter two, the warning before a time
+    limit (submitit's is SIGUSR2), put the job back into the queue.
     """
 
     def __init__(self) -> None:
@@ -57,7 +60,7 @@ class StopOnSignal(Callback):
         """Take the signals over; the trainer puts the former handlers back."""
         self._told = self._requeue = False
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, *WARNINGS):
             trainer._signal_connector._register_signal(number, self._on_signal)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -75,7 +78,7 @@ class StopOnSignal(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """In SLURM, queue the job again after SIGUSR1, the warning before its time limit."""
+        """In SLURM, queue the job again after the warning before its time limit."""
         job = os.environ.get("SLURM_JOB_ID")
         if job and self._requeue and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=True)
@@ -90,4 +93,4 @@ class StopOnSignal(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._told = True
-        self._requeue |= number == signal.SIGUSR1
+        self._requeue |= number in WARNINGS

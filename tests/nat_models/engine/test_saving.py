@@ -29,8 +29,9 @@ class Scalar(LightningModule):
 def fit(tmp_path, signals: dict[int, int], **options) -> Trainer:
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_model_summary=False,
-        enable_progress_bar=False, callbacks=[StopOnSignal(), LastCheckpoint(
-            every_n_steps=2, dirpath=str(tmp_path), filename="{step}", save_top_k=-1)], **options,
+        enable_progress_bar=False, callbacks=[LastCheckpoint(
+            every_n_steps=2, dirpath=str(tmp_path), filename="{step}", save_top_k=-1),
+            StopOnSignal()], **options,
     )  # fmt: skip
     trainer.fit(Scalar(signals), DataLoader(torch.zeros(10), batch_size=1))
     return trainer
@@ -54,7 +55,9 @@ def test_no_save_amid_an_accumulated_step(tmp_path):
         assert progress["processed"] == 2 * content["global_step"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["term", "usr1"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=["term", "usr1", "usr2"]
+)
 def test_a_signal_stops_after_the_whole_step_and_saves(tmp_path, number):
     with pytest.raises(SIGTERMException):
         fit(tmp_path, {2: number}, accumulate_grad_batches=3)
@@ -62,10 +65,13 @@ def test_a_signal_stops_after_the_whole_step_and_saves(tmp_path, number):
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
-def test_in_slurm_the_job_is_queued_again_on_sigusr1_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGUSR2], ids=["usr1", "usr2"])
+def test_in_slurm_a_job_is_queued_again_on_its_warning_when_it_is_saved(
+    tmp_path, monkeypatch, warning
+):
     asked = tmp_path / "asked"
     command = tmp_path / "scontrol"
-    command.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    command.write_text(f'#!/bin/sh\necho "$@" {tmp_path}/b/*.ckpt >> {asked}\n')
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -73,5 +79,5 @@ def test_in_slurm_the_job_is_queued_again_on_sigusr1_alone(tmp_path, monkeypatch
         fit(tmp_path / "a", {2: signal.SIGTERM})
     assert not asked.exists()
     with pytest.raises(SIGTERMException):
-        fit(tmp_path / "b", {2: signal.SIGUSR1})
-    assert asked.read_text() == "requeue 17\n"
+        fit(tmp_path / "b", {2: warning})
+    assert asked.read_text() == f"requeue 17 {tmp_path}/b/step=2.ckpt {tmp_path}/b/step=3.ckpt\n"
