@@ -54,7 +54,7 @@ class History(Callback):
         batch_idx: int,
     ) -> None:
         """Add the batch's loss if it is finite, without waiting for the device."""
-        loss = outputs["loss"].detach()
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning divides
         finite = loss.isfinite()
         self._loss_sum = self._loss_sum + torch.where(finite, loss, 0.0)
         self._batches = self._batches + finite

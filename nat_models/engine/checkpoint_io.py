@@ -22,7 +22,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             RunStopped: It could not be written; a file that was there before still is.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(
+            f".{path.name}.part"
+        )  # one name: the next save replaces a leftover
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:

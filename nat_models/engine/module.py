@@ -171,6 +171,9 @@ class Classifier(LightningModule):
             raise ValueError(
                 f"scheduler={self.scheduler_args}, trainer.max_epochs={epochs}: {error}"
             ) from error
+        if scheduler is None:  # timm's schedules would apply the layers' factors
+            for group in optimizer.param_groups:
+                group["lr"] *= group.get("lr_scale", 1.0)
         return optimizer, scheduler
 
     def configure_gradient_clipping(

@@ -23,14 +23,13 @@ def clip_or_skip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
 
     Args:
         optimizer: About to step.
-        max_norm: Largest norm; None: not clipped.
+        max_norm: Largest norm; None or 0: not clipped.
 
     Returns:
         The norm before clipping, a scalar on the device.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = float("inf") if max_norm is None else max_norm
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if getattr(optimizer, "_step_supports_amp_scaling", False):

@@ -1,14 +1,19 @@
 import logging
 from types import SimpleNamespace
 
+import pytest
 import torch
+from lightning import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
 
 from nat_models.engine.callbacks import History, accuracy
 
 
 def feed(history: History, *losses: float) -> None:
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
     for loss in losses:
-        history.on_train_batch_end(None, None, {"loss": torch.tensor(loss)}, None, 0)
+        history.on_train_batch_end(trainer, None, {"loss": torch.tensor(loss)}, None, 0)
 
 
 def test_history_survives_a_resume_in_the_middle_of_an_epoch(caplog):
@@ -33,6 +38,32 @@ def test_history_leaves_out_losses_that_are_not_finite(caplog):
     feed(history, 4.0, float("nan"), float("inf"), 2.0)
     history.on_train_epoch_end(SimpleNamespace(callback_metrics={}, max_epochs=1), None)
     assert history.epochs[0]["train/loss"] == 3.0
+
+
+class Mean(LightningModule):
+    """Its loss is the mean of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return batch.mean() + self.zero.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2], ids=str)
+def test_the_loss_of_an_epoch_is_the_mean_of_its_batches(accumulated):
+    history = History()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulated, callbacks=[history],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Mean(), DataLoader(torch.arange(4.0), batch_size=1))
+    assert history.epochs[0]["train/loss"] == 1.5
 
 
 def test_accuracy_is_in_percent():

@@ -52,6 +52,9 @@ def test_kill_in_the_middle_of_a_save_keeps_the_file_before(tmp_path, monkeypatc
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert AtomicCheckpointIO().load_checkpoint(path) == {"n": 1}
+    monkeypatch.undo()
+    AtomicCheckpointIO().save_checkpoint({"n": 3}, path)
+    assert os.listdir(tmp_path) == ["last.ckpt"]  # what was half written is gone
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):

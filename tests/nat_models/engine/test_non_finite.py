@@ -41,6 +41,15 @@ def test_a_skipped_step_changes_neither_weights_nor_state(name, value):
     assert not torch.equal(module.weight, before[0])
 
 
+@pytest.mark.parametrize("limit", [None, 0.0], ids=["none", "zero"])
+def test_without_a_limit_gradients_stay(limit):
+    module = nn.Linear(2, 2)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    clip_or_skip(torch.optim.SGD(module.parameters(), lr=1.0), limit)
+    assert module.weight.grad.eq(3.0).all()
+
+
 def test_gradients_are_clipped_by_their_norm():
     module = nn.Linear(2, 2)
     for parameter in module.parameters():

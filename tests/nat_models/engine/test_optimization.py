@@ -19,6 +19,18 @@ def test_decay_of_the_positional_biases_is_a_switch(decay_rpb, layer_decay):
     assert (len(rates) > 1) == (layer_decay is not None)
 
 
+def test_layers_decay_without_a_schedule_too():
+    optimizer, scheduler = Classifier(
+        model={"name": "nat_demo"},
+        optimizer={"opt": "sgd", "lr": 0.1, "layer_decay": 0.5},
+        scheduler={"sched": "none"},
+    ).schedule(epochs=1, updates_per_epoch=1)
+    assert scheduler is None
+    assert len({group["lr"] for group in optimizer.param_groups}) > 1
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.1 * group["lr_scale"])
+
+
 def test_only_a_gpu_gets_a_fused_optimizer():
     model = Classifier(model={"name": "nat_demo"}).model
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
