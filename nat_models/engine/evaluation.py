@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
+from lightning import Trainer
 from omegaconf import DictConfig
 
 from nat_models.data import ImageDataModule
@@ -51,7 +53,7 @@ def evaluate(cfg: DictConfig) -> Any:
         check_fits(data, module)
         output = _output(cfg)
         predictions = Predictions()
-        trainer = make_trainer(cfg, logger=False)
+        trainer = make_trainer(cfg)
         trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
     for name, value in facts.describe(trainer, module, data).items():
         _log.info("%-10s %s", name, value)
@@ -60,16 +62,16 @@ def evaluate(cfg: DictConfig) -> Any:
     for size in cfg.sizes or [data.config["input_size"][-1]]:
         with bad_input():
             data.resize(size, module.model)
+        data.complaints.count = 0
         with faults_of_the_machine():
             [metrics] = trainer.validate(module, data, verbose=False)
         if cfg.real_labels:
             metrics = {**metrics, **real_accuracy(predictions.table(), data)}
-        results.append(
-            {"model": name, "size": size, "unreadable": data.complaints.count, **metrics}
-        )
+        unreadable = _over_processes(trainer, data.complaints.count)
+        results.append({"model": name, "size": size, "unreadable": unreadable, **metrics})
         _log.info("%s  %d pixels  %s", accuracy(metrics), size, name)
-    if data.complaints.count:
-        _log.warning("%d images could not be read and are not counted", data.complaints.count)
+        if unreadable:
+            _log.warning("%d images could not be read and are not counted", unreadable)
     if output is not None and trainer.is_global_zero:
         write_results(output, results)
         write_report(output, predictions.table(), data, class_names(module, data, trained))
@@ -87,6 +89,13 @@ def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataMo
             "checkpoint that knows its own (ckpt=PATH)"
         )
     return trained.data({k: v for k, v in plain(cfg.data).items() if v is not None})
+
+
+def _over_processes(trainer: Trainer, count: int) -> int:
+    total: Any = trainer.strategy.reduce(
+        torch.tensor(count, device=trainer.strategy.root_device), reduce_op="sum"
+    )
+    return int(total)
 
 
 def _output(cfg: DictConfig) -> Path | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 from nat_models.data import ImageDataModule
@@ -17,13 +18,15 @@ from nat_models.engine.module import Classifier
 from nat_models.engine.sharding import FSDP2
 
 
-def make_trainer(cfg: DictConfig, **options: Any) -> Trainer:
+def make_trainer(cfg: DictConfig) -> Trainer:
     """Instantiate the trainer with the callbacks and loggers of the configuration."""
-    if "logger" in cfg:
-        options["logger"] = [instantiate(c) for c in (cfg.logger or {}).values() if c]
+    loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values() if c]
+    options: dict[str, Any] = {"logger": loggers or False}
     if cfg.trainer.precision == "auto":
         options["precision"] = _precision(cfg.trainer.accelerator)
     callbacks: list[Callback] = [instantiate(c) for c in (cfg.callbacks or {}).values() if c]
+    if not loggers:
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     if cfg.trainer.strategy == "fsdp2":
         if any(isinstance(c, EMA) for c in callbacks):
             raise ValueError(

@@ -79,9 +79,10 @@ def test_a_part_of_the_classes_and_the_reassessed_labels(compose, folder, tmp_pa
 def test_unreadable_images_are_reported(compose, folder, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     (folder / "val" / "a" / "x.jpeg").write_bytes(b"")
-    more = ["model.num_classes=3", f"output={tmp_path}/out", "data.on_error=skip"]
+    more = ["model.num_classes=3", f"output={tmp_path}/out", "data.on_error=skip", "sizes=[32,32]"]
     evaluate(compose("eval", *options(folder, *more)))
-    assert "1 images could not be read and are not counted" in caplog.text
+    assert caplog.text.count("1 images could not be read and are not counted") == 2
+    assert [row["unreadable"] for row in rows(tmp_path / "out" / "results.csv")] == ["1", "1"]
     assert len(rows(tmp_path / "out" / "predictions.csv")) == 7
 
 

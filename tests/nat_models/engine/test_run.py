@@ -143,6 +143,15 @@ def test_evaluate_refuses_a_file_that_is_no_checkpoint(compose, checkpoint, tmp_
         evaluate(compose("eval", f"ckpt={path}", *QUIET))
 
 
+def test_a_run_without_loggers(compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run.train(compose("train", *TINY, *QUIET, "debug=short", "logger=none"))
+    [output] = tmp_path.glob("outputs/debug/*")
+    assert {"best.ckpt", "metrics.json"} <= set(os.listdir(output))
+    assert not (output / "csv").exists()
+    assert os.listdir(tmp_path) == ["outputs"]
+
+
 def test_checkpoint_holds_plain_data_only(checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     model = content["hyper_parameters"]["model"]
