@@ -88,26 +88,23 @@ def pretrained_filter_fn(state_dict: StateDict, model: Any) -> StateDict:
             classifier's and the image's channels.
     """
     cfg = model.pretrained_cfg
-    source = cfg.get("file") or cfg.get("hf_hub_id") or cfg.get("url") or "pretrained weights"
+    source = next((cfg[key] for key in ("file", "hf_hub_id", "url") if key in cfg), "")
+    if "state_dict" in cfg:
+        source = "pretrained_cfg's state_dict"
     try:
         ours = checkpoint_filter_fn(state_dict, model)
     except ValueError as error:
         raise CheckpointError(source, str(error)) from error
+    body = {key: value for key, value in ours.items() if not key.startswith("head.")}
     wanted = {
         key: value
         for key, value in model.state_dict().items()
-        if key in ours or not key.startswith((*_OPTIONAL, "norm."))
+        if key in body or not key.startswith((*_OPTIONAL, "norm."))
     }
     stem = f"{cfg['first_conv']}.weight"
-
-    def compared(weights: StateDict) -> StateDict:
-        return {
-            key: value[:, :1] if key == stem and value.ndim == 4 else value
-            for key, value in weights.items()
-            if not key.startswith("head.")
-        }
-
-    if problems := mismatches(compared(ours), compared(wanted)):
+    if stem in body and body[stem].ndim == 4:
+        wanted[stem] = wanted[stem][:, :1].expand(-1, body[stem].shape[1], -1, -1)
+    if problems := mismatches(body, wanted):
         raise CheckpointError(source, f"does not fit {type(model).__name__}:{shown(problems)}")
     return ours
 

@@ -26,6 +26,9 @@ class TransformerBlock(nn.Module):
         device: Where to create the parameters.
         dtype: Type of the parameters.
 
+    Raises:
+        ValueError: `drop_path` is no probability.
+
     Shape: [B, H, W, C] -> [B, H, W, C].
     """
 
@@ -41,6 +44,8 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= drop_path <= 1:
+            raise ValueError(f"drop_path must be a probability, got {drop_path=}")
 
         def scale() -> nn.Module:
             if layer_scale is None:

@@ -152,7 +152,8 @@ def test_pretrained_names_the_file_that_does_not_fit(original, tmp_path, adapted
 
     create(original)
     with pytest.raises(
-        CheckpointError, match=r"weights\.pth: .*NAT:\n  patch_embed\.proj\.0\.weight"
+        CheckpointError,
+        match=r"weights\.pth: .*NAT:\n  patch_embed\.proj\.0\.weight \[16, \d, 3, 3\]",
     ):
         create({"conv1.weight": torch.zeros(1)})
     without = {k: v for k, v in original.items() if k != "levels.2.blocks.0.attn.rpb"}
@@ -261,3 +262,11 @@ def test_file_of_two_models_is_named(model, original, tmp_path):
     torch.save(both, tmp_path / "both.pth")
     with pytest.raises(CheckpointError, match=r"both\.pth: holds several models"):
         load_checkpoint(model, tmp_path / "both.pth")
+
+
+def test_pretrained_state_dict_is_named():
+    source = {"state_dict": {"conv1.weight": torch.zeros(1)}}
+    with pytest.raises(CheckpointError, match=r"^pretrained_cfg's state_dict: does not fit NAT"):
+        timm.create_model(
+            "nat_mini", pretrained=True, num_classes=5, pretrained_cfg_overlay=source, **SMALL
+        )

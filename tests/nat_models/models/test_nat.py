@@ -49,8 +49,9 @@ def test_stochastic_depth_rises_linearly_to_the_published_rate(name, rate):
         ({"dilations": "magic"}, "magic"),
         ({"patch_size": 3}, "patch_size must be 4, 2 or 1"),
         ({"attention_backend": "magic"}, "magic"),
+        ({"drop_path_rate": 1.5}, r"drop_path=1\.\d+"),
     ],
-    ids=["heads", "kernel", "dilations", "dilations-name", "patch", "backend"],
+    ids=["heads", "kernel", "dilations", "dilations-name", "patch", "backend", "drop-path"],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
