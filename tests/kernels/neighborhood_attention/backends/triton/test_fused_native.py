@@ -177,32 +177,32 @@ def test_offsets_beyond_2_31_elements_are_reached(axis, stride, much_memory):
     grads = torch.randn_like(qkv[:, :, :, 0]), torch.randn(1, 3, 3, 3, device="cuda")
     strides = list(qkv.stride())
     strides[axis] = stride
-    with much_memory():
-        wide = torch.empty(2 * stride + qkv.numel(), dtype=fp16, device="cuda")
-        wide = wide.as_strided(qkv.shape, strides).copy_(qkv)
-        for a, b in zip(
-            run(na2d_qkvpacked, case, wide, rpb, *grads, backend="fused"),
-            run(na2d_qkvpacked, case, qkv, rpb, *grads, backend="fused"),
-            strict=True,
-        ):
-            assert torch.equal(a, b)
+    much_memory()
+    wide = torch.empty(2 * stride + qkv.numel(), dtype=fp16, device="cuda")
+    wide = wide.as_strided(qkv.shape, strides).copy_(qkv)
+    for a, b in zip(
+        run(na2d_qkvpacked, case, wide, rpb, *grads, backend="fused"),
+        run(na2d_qkvpacked, case, qkv, rpb, *grads, backend="fused"),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
 
 
 def test_images_beyond_2_31_elements_are_served(much_memory):
-    with much_memory():
-        # The output, and each gradient, has 2^31 elements, all zero but for the last corner.
-        small = torch.randn(4, 1, 5, 5, 2, 256, device="cuda", dtype=fp16)
-        small[3, :, :2] = small[3, :, :, :2] = 0  # these queries see other keys in the large image
-        large = torch.zeros(4, 1, 2**11, 2**11, 2, 256, device="cuda", dtype=fp16)
-        large[:, :, -5:, -5:] = small
-        results = []
-        for *parts, grad in (small, large):
-            parts = [part.requires_grad_() for part in parts]
-            output = na2d(*parts, 3, backend="fused")
-            grads = torch.autograd.grad(output, parts, grad)
-            results.append([output[:, -3:, -3:], *(x[:, -5:, -5:] for x in grads)])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
+    much_memory()
+    # The output, and each gradient, has 2^31 elements, all zero but for the last corner.
+    small = torch.randn(4, 1, 5, 5, 2, 256, device="cuda", dtype=fp16)
+    small[3, :, :2] = small[3, :, :, :2] = 0  # these queries see other keys in the large image
+    large = torch.zeros(4, 1, 2**11, 2**11, 2, 256, device="cuda", dtype=fp16)
+    large[:, :, -5:, -5:] = small
+    results = []
+    for *parts, grad in (small, large):
+        parts = [part.requires_grad_() for part in parts]
+        output = na2d(*parts, 3, backend="fused")
+        grads = torch.autograd.grad(output, parts, grad)
+        results.append([output[:, -3:, -3:], *(x[:, -5:, -5:] for x in grads)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
