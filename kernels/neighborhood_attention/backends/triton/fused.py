@@ -25,7 +25,7 @@ def supports(inputs: Inputs, window: Neighborhood) -> str | None:
     if not query.is_cuda and not triton.knobs.runtime.interpret:
         return f"needs tensors on a GPU, got {query.device.type}; use backend='reference'"
     if query.is_cuda and not _has_capability(query.device):
-        return f"needs a GPU of compute capability {MIN_CAPABILITY} or more"
+        return f"needs an NVIDIA GPU of compute capability {MIN_CAPABILITY} or more"
     if query.dtype not in _DTYPES:
         return f"supports fp16, bf16 and fp32, not {query.dtype}; use backend='reference'"
     head_dim = max(query.shape[-1], inputs.value.shape[-1])
@@ -36,9 +36,8 @@ def supports(inputs: Inputs, window: Neighborhood) -> str | None:
 
 @cache
 def _has_capability(device: torch.device) -> bool:
-    return torch.version.hip is not None or (
-        torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
-    )
+    # Triton knows no limit of registers on AMD's GPUs.
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from neighborhood_attention import (
     na3d,
     na3d_qkvpacked,
 )
+from neighborhood_attention.backends import load
 
 pytestmark = pytest.mark.interpreter
 
@@ -126,7 +127,9 @@ def surround(tensor, value):
     return view.copy_(tensor)
 
 
+WHOLE_GROUP = Case((6, 5), (3, 3), **ONE, head_dim=8)  # all gradients in one pass
 ISOLATED = [Case((3, 5), (3, 3), **ONE, head_dim=8, value_dim=20, additional=3)] + [
+    Case((24, 20), (5, 5), batch=3, head_dim=32),
     Case((30, 40), (7, 7), dilation=(2, 3), heads=4, key_heads=2, head_dim=32, additional=40),
     Case((300,), (9,), head_dim=64),
     Case((5, 9, 10), (3, 3, 4), head_dim=20),
@@ -135,7 +138,7 @@ DTYPES = [fp32, fp16] + [torch.bfloat16] * NATIVE
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ISOLATED, ids=str)
+@pytest.mark.parametrize("case", [WHOLE_GROUP, *ISOLATED], ids=str)
 def test_memory_around_the_views_changes_nothing(case, dtype, device):
     tensors = random_tensors(case.shapes(), dtype, device)
     grads = random_gradients(case, dtype, device)
@@ -146,7 +149,9 @@ def test_memory_around_the_views_changes_nothing(case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [Case((6,), (3,), **ONE, additional=2), *ISOLATED[1:]], ids=str)
+@pytest.mark.parametrize(
+    "case", [WHOLE_GROUP, Case((6,), (3,), **ONE, additional=2), *ISOLATED[1:]], ids=str
+)
 def test_tokens_outside_a_window_however_large_change_nothing(case, dtype, device):
     # On the first axis, queries before `near` see the first window. The others are zero.
     kernel_size, dilation = case.kernel_size[0], case.dilation[0]
@@ -198,6 +203,11 @@ def test_it_names_what_it_does_not_support(change, message, device):
     with pytest.raises(NotImplementedError, match=f"backend='fused' .*{message}"):
         na2d_qkvpacked(qkv, 3, backend="fused")
     na2d_qkvpacked(qkv, 3)
+
+
+def test_gpus_of_amd_are_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not load("fused")._has_capability.__wrapped__(torch.device("cuda"))
 
 
 def test_it_names_a_value_dimension_that_is_too_large(device):
