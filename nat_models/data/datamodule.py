@@ -192,7 +192,10 @@ class ImageDataModule(LightningDataModule):
             return self._stream(data, training=True)
         sampler = EpochSampler(data, seed, self.trainer.global_rank, self.trainer.world_size)
         sampler.set_epoch(self._epoch, self._batches_done * self.settings.batch_size)
-        return self._loader(SeededDataset(data, seed), sampler, drop_last=True)
+        size = self.settings.batch_size
+        return self._loader(
+            SeededDataset(data, seed), sampler=sampler, batch_size=size, drop_last=True
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of uint8 images and class indices; over all ranks each image comes once."""
@@ -200,8 +203,11 @@ class ImageDataModule(LightningDataModule):
         data = self._transformed("val")
         if isinstance(data, DecodedStream):
             return self._stream(data, training=False)
-        indices = range(self.trainer.global_rank, len(data), self.trainer.world_size)
-        return self._loader(data, indices, drop_last=False)
+        processes, size = self.trainer.world_size, self.settings.batch_size
+        indices = range(self.trainer.global_rank, len(data), processes)
+        longest = -(-len(data) // processes)  # equally many batches for each, the last may be empty
+        batches = [indices[i : i + size] for i in range(0, longest, size)]
+        return self._loader(data, batch_sampler=batches)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch to go on with, how many of its batches are done, and the classes' names."""
@@ -244,10 +250,14 @@ class ImageDataModule(LightningDataModule):
         return images, targets
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise; in training also erase and mix, targets to probabilities [B, classes]."""
+        """Normalise; in training also erase and mix, targets to probabilities [B, classes].
+
+        A batch without targets gets a blank image, for the model to run in all processes.
+        """
         assert self.trainer is not None
         images, targets = batch
-        if not len(targets):  # none of them could be read
+        if not len(targets):  # none is left, or none could be read
+            images = torch.zeros(1, *self.config["input_size"], device=targets.device)
             return images, targets
         images = self._normalise(images)
         if self.settings.channels_last:
@@ -290,13 +300,11 @@ class ImageDataModule(LightningDataModule):
             training=training,
         )
 
-    def _loader(self, data: Dataset[Any], sampler: Any, drop_last: bool) -> DataLoader[Batch]:
+    def _loader(self, data: Dataset[Any], **batches: Any) -> DataLoader[Batch]:
         workers = self.settings.num_workers
         return DataLoader(
             data,
-            batch_size=self.settings.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
+            **batches,
             collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,

@@ -101,16 +101,15 @@ class Classifier(LightningModule):
         """Mean cross entropy with the smoothed targets."""
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the held-out loss and accuracies; returns its logits."""
         images, targets = batch
-        if not len(targets):  # none of its images could be read
-            return None
-        logits: Tensor = self(images)
+        logits: Tensor = self(images)[: len(targets)]  # a batch may be blank
         if self.classes is not None:
             logits = logits[:, self.classes.to(logits.device)]
-        self.val_loss.update(F.cross_entropy(logits, targets), len(targets))
-        self.val_accuracy.update(logits, targets)
+        if len(targets):
+            self.val_loss.update(F.cross_entropy(logits, targets), len(targets))
+            self.val_accuracy.update(logits, targets)
         self.log("val/loss", self.val_loss)
         self.log_dict(self.val_accuracy)
         return logits

@@ -58,6 +58,10 @@ class NonFiniteSteps(Callback):
         self._norms = Delayed()
         self._batches: list[Any] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Agree on the folder: processes that compose by themselves name it by different times."""
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)
+
     def on_train_batch_end(
         self,
         trainer: Trainer,

@@ -30,8 +30,6 @@ class Predictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch, on the device."""
-        if outputs is None:  # no image of it could be read
-            return
         probabilities, classes = outputs.float().softmax(-1).topk(min(TOP, outputs.shape[-1]))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         rows = {"index": data.indices, "label": batch[1]}

@@ -75,6 +75,7 @@ def train(cfg: DictConfig) -> float:
     with log_to_file(output / "train.log"), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)
         trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+        output = trainer.strategy.broadcast(output)  # torchrun's processes each name another
         best = output / "best.ckpt"
         # Not by the trainer's ckpt_path, which would take the callbacks back to that epoch too.
         module = TrainedRun.read(best).module({"attention_backend": cfg.model.attention_backend})

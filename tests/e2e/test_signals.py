@@ -15,18 +15,21 @@ from nat_models.engine.module import Classifier
 ROOT = Path(__file__).parents[2]
 
 
-def test_sigterm_saves_and_exits_with_143_and_the_run_can_go_on(small, losses, compose, tmp_path):
+def test_sigterm_stops_all_processes_exits_with_143_and_the_run_can_go_on(
+    small, losses, compose, tmp_path
+):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    options = [*small, "data.batch_size=64", f"paths.root={tmp_path}", "name=stopped"]
+    options = [*small, f"paths.root={tmp_path}", "name=stopped"]
+    two = ["trainer.devices=2", "data.batch_size=64", "trainer.max_epochs=100"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *options, "trainer.max_epochs=100"],
+        [sys.executable, str(ROOT / "train.py"), *options, *two],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob("stopped/*/best.ckpt")):  # the first epoch is over
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
@@ -36,9 +39,11 @@ def test_sigterm_saves_and_exits_with_143_and_the_run_can_go_on(small, losses, c
     assert process.returncode == 143, output
     assert output.splitlines()[-1] == "told to stop: saved, continue with ckpt=last"
 
-    run.train(compose("train", *options, "trainer.max_epochs=2", "ckpt=last"))
     [folder] = tmp_path.glob("stopped/*")
-    assert list(losses(folder)) == list(range(2 * (1438 // 64)))
+    assert (folder / "train.log").read_text().count("device ") == 1
+    one = ["data.batch_size=128", "trainer.max_epochs=2", "ckpt=last"]
+    run.train(compose("train", *options, *one))
+    assert list(losses(folder)) == list(range(2 * (1438 // 128)))
 
 
 def test_stop_during_validation_finishes_it_first(small, compose, tmp_path, monkeypatch):

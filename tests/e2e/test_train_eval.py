@@ -1,20 +1,13 @@
 """The two commands, on real images."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from nat_models.engine import run
 from nat_models.engine.evaluation import evaluate
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -84,39 +77,6 @@ def test_any_model_by_name_on_a_folder_of_images(compose, tmp_path):
         metrics = evaluate(compose("eval", *options, *model))
         assert metrics["val/top1"] * 6 == pytest.approx(round(metrics["val/top1"] * 6))
         assert metrics["val/top5"] == 1.0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_and_share_a_folder(small, compose, tmp_path, strategy):
-    options = [*small, "debug=short", "optimizer.opt=sgd", "optimizer.lr=0.1"]
-    options += ["trainer.limit_val_batches=null", "global_batch_size=32"]
-    run.train(compose("train", *options, f"paths.output_dir={tmp_path}/one"))
-    options += ["trainer.devices=2", f"trainer.strategy={strategy}", "data.batch_size=8"]
-    options += ["trainer.limit_train_batches=4", f"paths.root={tmp_path}", "name=two"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *options],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    [folder] = tmp_path.glob("two/*")
-    log = (folder / "train.log").read_text()
-    assert log.count("device ") == log.count("epoch 1/1") == 1
-    ours, theirs = (
-        torch.load(path / "last.ckpt", weights_only=True)["state_dict"]
-        for path in (folder, tmp_path / "one")
-    )
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
-    ours, theirs = (
-        json.loads((path / "metrics.json").read_text()) for path in (folder, tmp_path / "one")
-    )
-    assert ours["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-4)
 
 
 @pytest.mark.gpu

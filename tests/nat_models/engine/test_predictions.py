@@ -24,7 +24,8 @@ def gathered(monkeypatch, parts: int) -> dict:
         for indices in torch.arange(rank, 10, parts).split(3):
             data.indices = indices
             keep.on_validation_batch_end(trainer, None, logits[indices], (None, indices % 7), 0)
-        keep.on_validation_batch_end(trainer, None, None, (None, None), 0)  # a batch lost
+        data.indices = none = torch.empty(0, dtype=torch.int64)
+        keep.on_validation_batch_end(trainer, None, logits[none], (None, none), 0)  # a batch lost
         keep.on_validation_epoch_end(trainer, None)
         keeps.append(keep)
     table = keeps[-1].table()
