@@ -19,8 +19,9 @@ from neighborhood_attention.backends.triton.window import (
     token_offsets,
 )
 
-# Queries of a share; few of them keep the GPU busy, each costs a partial sum.
+# Queries of a share at least, programs to aim at: each share costs a partial sum.
 SHARE = 1024
+PROGRAMS = 2048
 
 
 class AdditionalGradient:
@@ -30,13 +31,15 @@ class AdditionalGradient:
         batch, key_heads = problem.query.shape[0], problem.key.shape[-2]
         largest = max(settings["BLOCK_D"], settings["BLOCK_V"]) * problem.query.dtype.itemsize
         block = 32 if largest <= 256 else 16
-        self._shares = ceil(prod(problem.spatial) / SHARE)
+        tokens, programs = prod(problem.spatial), batch * key_heads * ceil(count / block)
+        self._shares = min(ceil(tokens / SHARE), ceil(PROGRAMS / max(1, programs)))
         self._launch = Launch(
             _additional_gradient_kernel,
-            batch * key_heads * self._shares * ceil(count / block),
+            programs * self._shares,
             {
                 **settings, "batch": batch, "shares": self._shares,
-                "SHARE": SHARE, "BLOCK_K": block, "BLOCK_Q": block,
+                "share_size": ceil(tokens / self._shares / block) * block,
+                "BLOCK_K": block, "BLOCK_Q": block,
             },
             num_warps=4, num_stages=1,
         )  # fmt: skip
@@ -58,8 +61,8 @@ def _additional_gradient_kernel(
     query, grad_output, additional_key, additional_value, lse, delta, grad_key, grad_value,
     query_strides, grad_output_strides,
     additional_key_strides, additional_value_strides, additional_count,
-    batch, shares, size, heads, heads_per_key, scale,
-    SHARE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+    batch, shares, share_size, size, heads, heads_per_key, scale,
+    BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +95,8 @@ def _additional_gradient_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
 
     for head in range(key_head * heads_per_key, (key_head + 1) * heads_per_key):
-        for first in range(share * SHARE, tl.minimum((share + 1) * SHARE, tokens), BLOCK_Q):
+        end = tl.minimum((share + 1) * share_size, tokens)
+        for first in range(share * share_size, end, BLOCK_Q):
             i = first + tl.arange(0, BLOCK_Q)
             is_query = i < tokens
             token = (i // (size[1] * size[2]), i // size[2] % size[1], i % size[2])

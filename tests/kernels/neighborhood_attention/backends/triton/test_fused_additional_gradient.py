@@ -7,7 +7,9 @@ from oracle import Case, check, random_gradients, random_tensors, results
 pytest.importorskip("triton")
 
 from neighborhood_attention import na1d, na2d, na3d
+from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton import fused_additional_gradient, fused_backward
+from neighborhood_attention.backends.triton.launch import Problem, describe
 
 pytestmark = pytest.mark.interpreter
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
@@ -52,3 +54,12 @@ def test_either_gradient_alone_is_what_it_is_with_the_other(device):
         one = tensors | {name: tensors[name].detach().requires_grad_()}
         found = torch.autograd.grad(function(**one), one[name], grads)
         assert torch.equal(found[0], both[f"grad_{name}"])
+
+
+def test_many_keys_and_queries_take_few_partial_sums():
+    query, keys = (torch.empty(1, n, 4, 16, device="meta") for n in (2**20, 2**12))
+    problem = Problem.of(describe(Inputs(query, query, query, None, keys, keys)))
+    settings = problem.head_arguments | problem.additional_arguments | problem.map_arguments()
+    settings |= {"scale": 1.0, "grad_output_strides": settings["query_strides"]}
+    gradient = fused_additional_gradient.AdditionalGradient(problem, 2**12, settings)
+    assert gradient._shares == 4  # 512 blocks of keys already keep the GPU busy
