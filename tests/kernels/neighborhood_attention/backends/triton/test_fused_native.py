@@ -49,6 +49,9 @@ PROBLEMS = [
 UNPACKED = [
     (Case((14, 14), (7, 7), heads=6, key_heads=2, head_dim=32), [bf16, fp32]),
     (Case((130,), (9,), heads=6, key_heads=1, head_dim=64, rpb=False), [fp16]),
+    # Whole groups: transposed products of every shape that they meet.
+    (Case((13, 15), (5, 7), dilation=(2, 2), head_dim=32, value_dim=16), [bf16, fp16]),
+    (Case((13, 15), (5, 7), dilation=(2, 2), head_dim=16, value_dim=32), [bf16, fp16]),
     (Case((13, 17), (5, 5), head_dim=32, value_dim=96), [bf16]),
     (Case((13, 17), (5, 5), head_dim=80, value_dim=24), [fp16, fp32]),
     *(
