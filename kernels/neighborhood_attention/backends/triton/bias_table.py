@@ -101,6 +101,8 @@ def _build_kernel(
         index = index * (2 * KERNEL_SIZE[1] - 1) + index_h
         index = index * (2 * KERNEL_SIZE[2] - 1) + index_w
         bias += tl.load(rpb + index, mask=attends, other=0.0).to(tl.float32) * 1.4426950408889634
+    if table.dtype.element_ty == tl.float16:
+        bias = tl.minimum(tl.maximum(bias, -65504.0), 65504.0)  # infinity has another meaning
     bias = tl.where(attends, bias, float("-inf")).to(table.dtype.element_ty)
     tl.store(table_block(table, block, attends.shape[0], attends.shape[1]), bias)
 

@@ -174,6 +174,15 @@ def test_tokens_outside_a_window_however_large_change_nothing(case, dtype, devic
         assert not found[name][:, far:].any()
 
 
+def test_a_bias_beyond_the_range_of_fp16_stays_finite(device):
+    query = torch.randn(1, 6, 1, 8, device=device).half()
+    rpb = torch.full((1, 5), 60000.0, device=device)
+    output, lse = na1d(query, query, query, 3, rpb=rpb, return_lse=True, backend="fused")
+    plain = na1d(query, query, query, 3, backend="fused")
+    assert lse.isfinite().all()
+    torch.testing.assert_close(output, plain, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("name", ["query", "key"])
 @pytest.mark.parametrize("value", [torch.nan, 3e38], ids=["nan", "overflow"])
 def test_scores_that_are_not_finite_are_not_hidden(value, name, device):
