@@ -205,7 +205,8 @@ def accuracy_error(model_name: str, top1: float, images: int) -> str:
 
 def table(checks: list[Check]) -> Table:
     """One row a file."""
-    table = Table(Column("model", no_wrap=True), "host", "SHA-256", "top-1", "published", "result")
+    whole = (Column(name, no_wrap=True) for name in ("model", "SHA-256"))
+    table = Table(next(whole), "host", *whole, "top-1", "published", "result")
     for check in checks:
         seen = "new" if check.first_seen else "as recorded"
         table.add_row(
