@@ -31,6 +31,12 @@ def chance() -> list[str]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Pictures are not rendered, which takes half of a short run."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_: None)
+
+
+@pytest.fixture
 def losses() -> Callable[[Path], dict[int, float]]:
     """losses(OUTPUT_DIR): training loss by step, as the CSV logs of all parts of a run hold it."""
 

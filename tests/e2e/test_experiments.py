@@ -7,6 +7,8 @@ import pytest
 from nat_models.cli import config_dir
 from nat_models.engine import run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 EXPERIMENTS = sorted(path.stem for path in Path(config_dir(), "experiment").glob("*.yaml"))
 BASES = {"in1k", "in1k_from_in22k", "in22k", "none", "demo"}  # without a model, or tested elsewhere
 NOISE = [

@@ -11,6 +11,8 @@ from nat_models.data import images
 from nat_models.engine import run
 from nat_models.errors import RunStopped
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OPTIONS = ["trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.max_epochs=2"]
 
 

@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from nat_models.engine import run
 from nat_models.engine.callbacks import History
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 BATCHES = 6  # an epoch: three optimizer steps of two batches each
 STEPS = BATCHES // 2
 OPTIONS = [

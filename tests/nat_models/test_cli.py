@@ -9,33 +9,30 @@ from nat_models import cli
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    path = [str(ROOT), str(ROOT / "kernels")]
-    code = f"import sys; sys.path[:0] = {path}; from nat_models.cli import *; "
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code + f"{arguments[0]}()", *arguments[1:]],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
-
-
 def test_configs_are_found():
     assert (Path(cli.config_dir()) / "train.yaml").is_file()
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    result = command("train", "model.name=nat_nano", cwd=tmp_path)
+    path = [str(ROOT), str(ROOT / "kernels")]
+    code = f"import sys; sys.path[:0] = {path}; from nat_models.cli import train; train()"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, "model.name=nat_nano"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 2
     [line] = (result.stdout + result.stderr).splitlines()
     assert line.startswith("error: model.name=nat_nano: timm has no such model")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_key_is_hydras_own_error(tmp_path):
-    result = command("evaluate", "chekpoint=x", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "Key 'chekpoint' is not in struct" in result.stderr
+def test_wrong_key_is_hydras_own_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nat-eval", "chekpoint=x"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.evaluate()
+    assert "Key 'chekpoint' is not in struct" in capsys.readouterr().err
 
 
 def test_doors_and_console_scripts_lead_to_the_same_functions():
