@@ -81,7 +81,7 @@ def na2d(
             softmax with the same scale, without a mask or a bias.
         additional_values: [B, S, key_heads, D_v]; given with additional_keys.
         return_lse: Also return the log-sum-exp of the logits.
-        backend: "reference" or "fused"; default: "fused" on a GPU where it can run, else
+        backend: One of `list_backends()`; default: "fused" on a GPU where it can run, else
             "reference". A backend that is named and cannot run raises, it never falls back.
 
     Returns:

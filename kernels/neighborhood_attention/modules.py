@@ -194,7 +194,7 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
         pad_small_inputs: Accept maps smaller than kernel_size * dilation. They are padded with
             zeros, right and bottom, before the projection, and cropped after attention; the padding
             is attended to. The published models' rule.
-        backend: "reference" or "fused"; default: chosen at each call, see `na2d`.
+        backend: One of `list_backends()`; default: chosen at each call, see `na2d`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 

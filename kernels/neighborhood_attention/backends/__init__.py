@@ -28,6 +28,9 @@ from neighborhood_attention.geometry import Neighborhood
 BACKENDS = {
     "fused": "neighborhood_attention.backends.triton.fused",
     "reference": "neighborhood_attention.backends.reference",
+    # Baselines, never chosen by themselves.
+    "naive": "neighborhood_attention.backends.triton.naive",
+    "gemm": "neighborhood_attention.backends.triton.gemm",
 }
 
 

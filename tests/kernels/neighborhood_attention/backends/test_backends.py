@@ -42,7 +42,8 @@ def in_fresh_process(code):
 
 
 def test_the_names_are_known():
-    assert set(list_backends()) == {"reference", "fused"}
+    assert set(list_backends()) == {"reference", "fused", "naive", "gemm"}
+    assert list_backends()[0] == "fused"
     assert resolve_backend("cpu") == "reference"
     assert resolve_backend("cuda") == "fused"
 

@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton", reason="Triton is not available on this p
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from neighborhood_attention.backends import Inputs  # noqa: E402
+from neighborhood_attention.backends import Inputs, load  # noqa: E402
 from neighborhood_attention.backends.triton import fused_backward, fused_forward, tiles  # noqa: E402
 from neighborhood_attention.backends.triton.launch import Problem, describe  # noqa: E402
 from neighborhood_attention.geometry import Neighborhood  # noqa: E402
@@ -110,3 +110,37 @@ def test_all_kernels_compile_for_hopper(name, launches):
         compiled = compile_launch(kernel, args, kwargs)
         assert ".target sm_90" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= (LARGE if choice in TUNED else SMALL), kernel.__name__
+
+
+UNFUSED = {  # spatial, window, dilation, head dimensions, dtype
+    "map": ((56, 56), 7, 2, (32, 32), bf16),
+    "volume": ((8, 14, 14), 5, 1, (64, 32), fp16),
+    "huge heads": ((1000,), 63, 1, (256, 256), fp32),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNFUSED)
+@pytest.mark.parametrize("backend", ["naive", "gemm"])
+def test_all_unfused_kernels_compile_for_hopper(backend, name, launches):
+    spatial, kernel_size, dilation, head_dims, dtype = UNFUSED[name]
+    dims = len(spatial)
+    window = Neighborhood((kernel_size,) * dims, (1,) * dims, (dilation,) * dims, (False,) * dims)
+    query, value = (torch.ones(2, *spatial, 4, d, dtype=dtype) for d in head_dims)
+    inputs = Inputs(query, query, value, torch.ones(4, *window.bias_shape))
+    module = load(backend)
+    output, lse = module.forward(inputs, window, 0.5)
+    module.backward(output, lse, inputs, output, lse, window, 0.5, inputs)
+    assert [kernel.__name__ for kernel, *_ in launches] == [
+        "_products_kernel", "_softmax_kernel", "_sums_kernel",
+        *["_products_kernel"] * 2, "_gradient_kernel",
+        "_key_sums_kernel", "_sums_kernel", "_key_sums_kernel", "_bias_gradient_kernel",
+    ]  # fmt: skip
+    for kernel, args, kwargs in launches:
+        compiled = compile_launch(kernel, args, kwargs)
+        assert compiled.metadata.shared <= SMALL, kernel.__name__
+        multiplies = backend == "gemm" and kernel.__name__.endswith(
+            ("products_kernel", "sums_kernel")
+        )
+        uses_tensor_cores = "mma" in compiled.asm["ptx"]
+        assert uses_tensor_cores == (multiplies and dtype != fp32), kernel.__name__
