@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads; subprocesses inherit it
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,11 +34,9 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _matmul_precision() -> Iterator[None]:
-    """A run sets PyTorch's for its whole process."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
+def _matmul_precision() -> None:
+    """PyTorch's default; a run sets another for its whole process, in a shared fixture too."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
