@@ -236,3 +236,24 @@ def _check_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
 
 def _shape(sizes: Sequence[Any]) -> str:
     return f"({', '.join(map(str, sizes))})"
+
+
+def checked_scores(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+    scale: float | None,
+    rpb: Tensor | None,
+) -> tuple[Neighborhood, float]:
+    """Window and scale of functions that take query and key without values, all checked."""
+    dims = check_dims("query", query)
+    check_heads_last("query", query, dims)
+    check_key(query, key)
+    window = make_neighborhood(dims, kernel_size, stride, dilation, is_causal)
+    check_fits(window, query.shape[1:-2])
+    if rpb is not None:
+        check_bias(rpb, query, window)
+    return window, checked_scale("scale", scale, query.shape[-1])

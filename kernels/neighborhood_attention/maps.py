@@ -48,15 +48,10 @@ def attention_maps(
         ValueError: As `na2d`; a position lies outside the map.
         TypeError: As `na2d`.
     """
-    dims = checks.check_dims("query", query)
-    checks.check_heads_last("query", query, dims)
-    checks.check_key(query, key)
-    batch, *spatial, heads, head_dim = query.shape
-    window = checks.make_neighborhood(dims, kernel_size, stride, dilation, is_causal)
-    checks.check_fits(window, spatial)
-    if rpb is not None:
-        checks.check_bias(rpb, query, window)
-    scale = checks.checked_scale("scale", scale, head_dim)
+    window, scale = checks.checked_scores(
+        query, key, kernel_size, stride, dilation, is_causal, scale, rpb
+    )
+    batch, *spatial, heads, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     maps = torch.zeros(batch, heads, len(positions), *spatial, dtype=dtype, device=query.device)
     everything: Any = slice(None)

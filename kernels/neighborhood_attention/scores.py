@@ -51,14 +51,9 @@ def neighborhood_scores(
     """
     _refuse_transforms()
     query, key = checks.autocast(query, key)
-    dims = checks.check_dims("query", query)
-    checks.check_heads_last("query", query, dims)
-    checks.check_key(query, key)
-    window = checks.make_neighborhood(dims, kernel_size, stride, dilation, is_causal)
-    checks.check_fits(window, query.shape[1:-2])
-    if rpb is not None:
-        checks.check_bias(rpb, query, window)
-    scale = checks.checked_scale("scale", scale, query.shape[-1])
+    window, scale = checks.checked_scores(
+        query, key, kernel_size, stride, dilation, is_causal, scale, rpb
+    )
     scores: Tensor = _scores(query, key, rpb, window.flat, scale)
     return scores
 
