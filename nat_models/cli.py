@@ -44,9 +44,9 @@ def evaluate(cfg: DictConfig) -> Any:
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="bench")
 def bench(cfg: DictConfig) -> Any:
     """nat-bench."""
-    from nat_models import benchmark
+    from nat_models.benchmark.run import run
 
-    return _run(benchmark.run, cfg)
+    return _run(run, cfg)
 
 
 def _run(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:

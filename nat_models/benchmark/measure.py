@@ -1,57 +1,76 @@
-"""Models measured in turns, so that a drifting clock shows as spread instead of as a difference."""
+"""Cases measured in turns, so that a drifting clock shows as spread instead of as a difference."""
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
-from nat_models.benchmark.settings import Settings
-from nat_models.benchmark.steps import create_images, create_model, create_step
+from nat_models.benchmark import steps
+from nat_models.benchmark.case import Case
+from nat_models.benchmark.components import milliseconds_by_component
 from nat_models.benchmark.timing import Timing, synchronize, time_calls
-from neighborhood_attention import resolve_backend
 
 MIB = 2**20
 
 
-class Candidate:
-    """One model under one condition: prepared once, timed in rounds."""
+@dataclass(frozen=True)
+class Sampling:
+    """How often a case is timed.
 
-    def __init__(self, name: str, kind: str, execution: str, batch_size: int, settings: Settings):
-        self.settings = settings
-        self.device = torch.device(settings.device)
+    Attributes:
+        warmup: Calls before the first timed one.
+        rounds: Turns of each case.
+        round_seconds: Length of a turn.
+        seed: Of weights and images.
+    """
+
+    warmup: int = 5
+    rounds: int = 5
+    round_seconds: float = 1.0
+    seed: int = 0
+
+
+class Candidate:
+    """A case that is prepared once and timed in rounds.
+
+    Args:
+        case: What to measure.
+        device: Where.
+        sampling: How often.
+        create_model: From case and device to the model.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        sampling: Sampling,
+        create_model: Callable[[Case, torch.device], nn.Module] = steps.create_model,
+    ):
+        self.case, self.device, self.sampling = case, device, sampling
+        self.create_model = create_model
         self.rounds: list[list[float]] = []
-        self.step: Callable[[], object] | None = None  # None: not prepared, or out of memory
-        self.record: dict[str, Any] = {
-            "model": name,
-            "pass": kind,
-            "execution": execution,
-            "batch_size": batch_size,
-            "status": "ok",
-        }
+        self.latencies: list[list[float]] = []
+        self.step: steps.Step | None = None  # None: not prepared, or out of memory
+        self.record = case.as_record() | {"status": "ok"}
 
     def prepare(self) -> None:
         """Build the model, compile it, warm up; note sizes, first call and peak memory."""
         with self._noting_out_of_memory():
-            torch.manual_seed(self.settings.seed)
+            self.record["status"] = "ok"
+            torch.manual_seed(self.sampling.seed)
             before = _allocated(self.device)
-            model = create_model(self.record["model"], self.settings)
-            images = create_images(model, self.record["batch_size"], self.settings)
-            self.record["input_size"] = list(images.shape[1:])
+            model = self.create_model(self.case, self.device)
+            images = steps.create_images(self.case, self.device)
             self.record["parameters"] = sum(p.numel() for p in model.parameters())
-            if hasattr(model, "set_attention_backend"):
-                chosen = self.settings.attention_backend or resolve_backend(self.device.type)
-                self.record["attention_backend"] = chosen
-            self.step = create_step(
-                model,
-                images,
-                self.record["pass"],
-                self.record["execution"],
-                self.settings.precision,
-            )
+            self.record["flops_per_image"] = steps.count_flops(self.case)
+            self.step = steps.create_step(model, images, self.case)
 
             start = perf_counter()
             self.step()
@@ -59,26 +78,36 @@ class Candidate:
             self.record["first_call_seconds"] = perf_counter() - start
             if self.device.type == "cuda":  # the first call's tuning is not the model's memory
                 torch.cuda.reset_peak_memory_stats(self.device)
-            warm = Timing([time_calls(self.step, self.device, self.settings.warmup)])
-            self.calls = max(3, math.ceil(self.settings.round_seconds / warm.quantile(0.5)))
+            warm = Timing([time_calls(self.step, self.device, self.sampling.warmup)])
+            self.calls = max(3, math.ceil(self.sampling.round_seconds / warm.quantile(0.5)))
             if self.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(self.device) - before
                 self.record["peak_memory_mib"] = peak / MIB
 
     def time_round(self) -> None:
-        """Time the calls of one turn."""
+        """Time the calls of one turn: in a row, then some of them one by one."""
         if self.step is not None:
             with self._noting_out_of_memory():
                 self.rounds.append(time_calls(self.step, self.device, self.calls))
+                few = max(3, self.calls // 4)
+                self.latencies.append(time_calls(self.step, self.device, few, wait=True))
+
+    def profile(self) -> None:
+        """Note where a step's time on the GPU goes."""
+        if self.step is not None and self.device.type == "cuda":
+            with self._noting_out_of_memory():
+                components = milliseconds_by_component(self.step, calls=3)
+                self.record["component_ms"] = components
+                self.record["attention_share"] = components["attention"] / sum(components.values())
 
     def result(self) -> dict[str, Any]:
         """Everything noted, and the numbers of the rounds."""
         if self.step is None:
             return self.record
-        timing = Timing(self.rounds)
+        timing, latency = Timing(self.rounds), Timing(self.latencies)
         return self.record | {
-            "images_per_second": self.record["batch_size"] / timing.quantile(0.5),
-            "latency_ms": {"p50": 1e3 * timing.quantile(0.5), "p95": 1e3 * timing.quantile(0.95)},
+            "images_per_second": self.case.batch_size / timing.quantile(0.5),
+            "latency_ms": {"p50": 1e3 * latency.quantile(0.5), "p95": 1e3 * latency.quantile(0.95)},
             "spread": timing.spread,
             "round_medians_ms": [1e3 * seconds for seconds in timing.medians],
             "calls_per_round": self.calls,
@@ -98,27 +127,22 @@ class Candidate:
 
 
 def measure_in_turns(
-    kind: str, execution: str, batch_size: int, settings: Settings, advance: Callable[[], object]
+    candidates: Sequence[Candidate], rounds: int, advance: Callable[[], object]
 ) -> list[dict[str, Any]]:
-    """Measure all models of the settings under one condition.
+    """Measure cases in this process.
 
     Args:
-        kind: "inference" or "training".
-        execution: "eager", "compiled" or "cuda_graphs".
-        batch_size: Images of a step.
-        settings: Everything else.
-        advance: Called after each of the `len(models) * (1 + rounds)` pieces of work.
+        candidates: The cases, all on one device.
+        rounds: Turns of each.
+        advance: Called after each of the `len(candidates) * (1 + rounds)` pieces of work.
 
     Returns:
-        One JSON-ready record a model; of one that ran out of memory, without timings.
+        One JSON-ready record a case; of one that ran out of memory, without timings.
     """
     torch.compiler.reset()
     release_memory()
-    _allocate_workspaces(torch.device(settings.device))
-    candidates = [
-        Candidate(name, kind, execution, batch_size, settings) for name in settings.models
-    ]
-    turns = [Candidate.prepare] + [Candidate.time_round] * settings.rounds
+    allocate_workspaces(candidates[0].device)
+    turns = [Candidate.prepare] + [Candidate.time_round] * rounds
     for turn in turns:
         for candidate in candidates:
             turn(candidate)
@@ -127,8 +151,9 @@ def measure_in_turns(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device, or the host, had too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether the device, or the host, had too little memory; libraries have their own errors."""
+    texts = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def release_memory() -> None:
@@ -138,7 +163,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _allocate_workspaces(device: torch.device) -> None:
+def allocate_workspaces(device: torch.device) -> None:
     """Have the libraries allocate what they keep for good, or the first model would pay for it."""
     matrix = torch.ones(8, 8, device=device, requires_grad=True)
     (matrix @ matrix).sum().backward()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +10,15 @@ import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from neighborhood_attention import list_backends
+import nat_models
+from nat_models.benchmark.case import EXECUTIONS, PRECISIONS, Case
+from nat_models.benchmark.measure import Sampling
+from neighborhood_attention import list_backends, resolve_backend
 
 CHOICES = {
     "passes": ["inference", "training"],
-    "execution": ["eager", "compiled", "cuda_graphs"],
-    "precision": ["float32", "bfloat16", "float16"],
+    "execution": EXECUTIONS,
+    "precision": PRECISIONS,
     "attention_backend": list_backends(),
 }
 LEAST = {"batch_size": 1, "input_size": 1, "warmup": 1, "rounds": 1, "seed": 0}
@@ -51,14 +55,12 @@ class Settings:
                     raise ValueError(f"{key}={value}: expected at least {least}")
         if not self.round_seconds > 0:
             raise ValueError(f"round_seconds={self.round_seconds}: expected more than 0")
-        if "cuda_graphs" in self.execution and not self.device.startswith("cuda"):
-            raise ValueError(f"execution=cuda_graphs: device={self.device} has no CUDA graphs")
+        for execution in {"captured", "cuda_graphs"}.intersection(self.execution):
+            if not self.device.startswith("cuda"):
+                raise ValueError(f"{execution=!s}: device={self.device} has no CUDA graphs")
         if self.output.is_dir():
             raise ValueError(f"output={self.output}: expected a file, this is a folder")
-        for name in self.models:
-            if not timm.is_model(name):
-                close = get_close_matches(name, timm.list_models())
-                raise ValueError(f"models={name}: timm knows no such model; close: {close}")
+        check_models(self.models)
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":
@@ -83,6 +85,37 @@ class Settings:
         return cast(
             Settings, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
         )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How often a case is timed."""
+        return Sampling(self.warmup, self.rounds, self.round_seconds, self.seed)
+
+    @property
+    def groups(self) -> list[list[Case]]:
+        """All models under one condition, for each condition."""
+        conditions = product(self.passes, self.execution, self.batch_size)
+        return [[self._case(name, *condition) for name in self.models] for condition in conditions]
+
+    def _case(self, name: str, kind: str, execution: str, batch_size: int) -> Case:
+        backend = attention_backend(name, self.attention_backend, self.device)
+        own = self.precision, self.input_size, backend, self.channels_last
+        return Case(name, kind, execution, batch_size, *own)
+
+
+def attention_backend(name: str, wanted: str | None, device: str) -> str | None:
+    """The backend that a model runs: the wanted one, or its device's; None for other models."""
+    if name not in nat_models.list_models():
+        return None
+    return wanted or resolve_backend(torch.device(device).type)
+
+
+def check_models(names: list[str]) -> None:
+    """Each must be a name that timm knows."""
+    for name in names:
+        if not timm.is_model(name):
+            close = get_close_matches(name, timm.list_models())
+            raise ValueError(f"models={name}: timm knows no such model; close: {close}")
 
 
 def _values(settings: Settings, key: str) -> list[Any]:

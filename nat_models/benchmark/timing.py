@@ -15,17 +15,27 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_calls(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+def time_calls(
+    function: Callable[[], object], device: torch.device, calls: int, wait: bool = False
+) -> list[float]:
     """Seconds of each of `calls` successive calls, after one call that is not timed.
 
     On a GPU: the time between the ends of successive calls, by events in its stream. The host
     runs ahead as in real use, and where it cannot keep up, its time counts.
+
+    Args:
+        function: What to call.
+        device: Where it works.
+        calls: How often.
+        wait: Start each call when the one before it has ended: what one who waits for it sees.
     """
     function()
-    if device.type != "cuda":
+    if wait or device.type != "cuda":
+        synchronize(device)
         times = [perf_counter()]
         for _ in range(calls):
             function()
+            synchronize(device)
             times.append(perf_counter())
         return [end - start for start, end in pairwise(times)]
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nat_models.benchmark import run
+from nat_models.benchmark.run import run
 
 FAKE = ["data=fake", "data.options={size:64,image_size:[3,40,40],num_classes:5}"]
 

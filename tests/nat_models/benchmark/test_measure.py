@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from nat_models.benchmark import measure
-from nat_models.benchmark.measure import is_out_of_memory, measure_in_turns
+from nat_models.benchmark.case import Case
+from nat_models.benchmark.measure import Candidate, Sampling, is_out_of_memory, measure_in_turns
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHORT = Sampling(warmup=1, rounds=2, round_seconds=0.01)
 
 
 class Probe(nn.Module):
@@ -26,43 +29,42 @@ class Probe(nn.Module):
 
 
 @pytest.fixture
-def probes(monkeypatch):
+def probes():
     calls, failures = [], {}
-    monkeypatch.setattr(
-        measure, "create_model", lambda name, settings: Probe(name, calls, failures)
-    )
-    return calls, failures
+    return lambda case, device: Probe(case.model, calls, failures), calls, failures
 
 
-def no_progress():
-    pass
+def measure(
+    *models, kind="inference", batch_size=2, side=64, device=CPU, advance=lambda: None, **options
+):
+    settings = kind, "eager", batch_size, "float32", side
+    candidates = [Candidate(Case(model, *settings), device, SHORT, **options) for model in models]
+    return measure_in_turns(candidates, SHORT.rounds, advance)
 
 
-def test_models_are_measured_in_turns(probes, settings_with):
-    calls, _ = probes
+def test_cases_are_measured_in_turns(probes):
+    create_model, calls, _ = probes
     ticks = []
-    settings = settings_with("models=[resnet18,resnet34]", "rounds=3")
-    measure_in_turns("inference", "eager", 2, settings, lambda: ticks.append(None))
-    assert [name for name, _ in groupby(calls)] == ["resnet18", "resnet34"] * 4
-    assert len(ticks) == 8
+    measure("resnet18", "resnet34", create_model=create_model, advance=lambda: ticks.append(None))
+    assert [name for name, _ in groupby(calls)] == ["resnet18", "resnet34"] * 3
+    assert len(ticks) == 6
 
 
-def test_a_model_out_of_memory_is_recorded_and_the_others_go_on(probes, settings_with):
-    _, failures = probes
+def test_a_model_out_of_memory_is_recorded_and_the_others_go_on(probes):
+    create_model, _, failures = probes
     failures["resnet18"] = torch.OutOfMemoryError("CUDA out of memory.")
-    settings = settings_with("models=[resnet18,resnet34]")
-    first, second = measure_in_turns("training", "eager", 2, settings, no_progress)
+    first, second = measure("resnet18", "resnet34", kind="training", create_model=create_model)
     assert first["status"] == "out of memory"
     assert "images_per_second" not in first
     assert second["status"] == "ok"
-    assert len(second["round_medians_ms"]) == settings.rounds
+    assert len(second["round_medians_ms"]) == SHORT.rounds
 
 
-def test_other_errors_are_not_swallowed(probes, settings_with):
-    _, failures = probes
+def test_other_errors_are_not_swallowed(probes):
+    create_model, _, failures = probes
     failures["resnet18"] = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        measure_in_turns("inference", "eager", 2, settings_with("models=resnet18"), no_progress)
+        measure("resnet18", create_model=create_model)
 
 
 def test_the_hosts_own_error_counts_as_out_of_memory():
@@ -71,34 +73,41 @@ def test_the_hosts_own_error_counts_as_out_of_memory():
     assert is_out_of_memory(caught.value)
 
 
-def test_a_record_holds_the_model_and_consistent_numbers(settings_with):
-    (record,) = measure_in_turns("training", "eager", 2, settings_with(), no_progress)
+def test_a_record_holds_the_case_and_consistent_numbers():
+    (record,) = measure("test_vit", kind="training")
+    assert record["pass"] == "training"
     assert record["model"] == "test_vit"
     assert record["input_size"] == [3, 64, 64]
     assert record["parameters"] > 0
-    assert record["images_per_second"] == pytest.approx(2000 / record["latency_ms"]["p50"])
+    assert record["flops_per_image"] > 2 * 16 * record["parameters"] / 10
+    fastest, slowest = min(record["round_medians_ms"]), max(record["round_medians_ms"])
+    assert 2000 / slowest <= record["images_per_second"] <= 2000 / fastest
     assert record["latency_ms"]["p50"] <= record["latency_ms"]["p95"]
     assert len(record["round_medians_ms"]) == 2
 
 
-def test_a_record_names_the_attention_backend_where_there_is_one(settings_with):
-    settings = settings_with("models=[nat_mini,test_vit]")
-    nat, vit = measure_in_turns("inference", "eager", 1, settings, no_progress)
-    assert nat["attention_backend"] == "reference"
-    assert "attention_backend" not in vit
-
-
 @pytest.mark.gpu
-def test_peak_memory_counts_the_model_and_its_activations(settings_with):
-    settings = settings_with("device=cuda", "models=[resnet18,resnet18]", "input_size=224")
-    first, second = measure_in_turns("training", "eager", 32, settings, no_progress)
+def test_peak_memory_counts_the_model_and_its_activations():
+    settings = {"kind": "training", "batch_size": 32, "side": 224, "device": CUDA}
+    first, second = measure("resnet18", "resnet18", **settings)
     weights_gradients_moments = 4 * 4 * first["parameters"] / 2**20
     assert first["peak_memory_mib"] > weights_gradients_moments
     assert second["peak_memory_mib"] == pytest.approx(first["peak_memory_mib"], rel=0.05)
 
 
 @pytest.mark.gpu
-def test_a_gpu_out_of_memory_is_recorded(settings_with):
-    settings = settings_with("device=cuda", "input_size=2048")
-    (record,) = measure_in_turns("inference", "eager", 2**17, settings, no_progress)
+def test_a_gpu_out_of_memory_is_recorded():
+    (record,) = measure("test_vit", batch_size=2**17, side=2048, device=CUDA)
     assert record["status"] == "out of memory"
+
+
+@pytest.mark.gpu
+def test_a_profile_shares_the_time_out():
+    candidate = Candidate(Case("nat_mini", "training", "eager", 8), CUDA, SHORT)
+    candidate.prepare()
+    candidate.time_round()
+    candidate.profile()
+    record = candidate.result()
+    assert 0 < record["attention_share"] < 1
+    assert record["component_ms"]["optimizer"] > 0
+    assert sum(record["component_ms"].values()) < 1.2 * record["latency_ms"]["p50"]

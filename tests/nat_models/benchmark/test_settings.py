@@ -27,6 +27,21 @@ def test_single_values_become_lists(settings_with):
     assert settings.batch_size == [3]
 
 
+def test_a_group_is_all_models_under_one_condition(settings_with):
+    settings = settings_with("models=[nat_mini,test_vit]", "batch_size=[1,2]")
+    conditions = [{(c.kind, c.execution, c.batch_size) for c in group} for group in settings.groups]
+    assert [len(condition) for condition in conditions] == [1] * 4
+    assert len(set.union(*conditions)) == 4
+    for group in settings.groups:
+        assert [case.model for case in group] == ["nat_mini", "test_vit"]
+
+
+def test_a_case_names_the_attention_backend_where_there_is_one(settings_with):
+    [[nat, vit], *_] = settings_with("models=[nat_mini,test_vit]").groups
+    assert nat.attention_backend == "reference"
+    assert vit.attention_backend is None
+
+
 def test_model_name_is_the_default_of_models(settings_with):
     assert settings_with("model.name=resnet18", "models=[${model.name}]").models == ["resnet18"]
 
@@ -39,6 +54,7 @@ def test_model_name_is_the_default_of_models(settings_with):
         ("passes=[train]", "passes=train: .*'training'"),
         ("execution=fast", "execution=fast: .*'compiled'"),
         ("execution=cuda_graphs", "execution=cuda_graphs: device=cpu"),
+        ("execution=captured", "execution=captured: device=cpu"),
         ("precision=int8", "precision=int8: .*'bfloat16'"),
         ("attention_backend=flash", "attention_backend=flash: .*'reference'"),
         ("batch_size=[1,0]", "batch_size=0: expected at least 1"),

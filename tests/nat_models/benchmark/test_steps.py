@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from nat_models.benchmark.steps import create_images, create_model, create_step
+from nat_models.benchmark.case import Case
+from nat_models.benchmark.steps import (
+    capture,
+    count_flops,
+    create_images,
+    create_model,
+    create_step,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Probe(nn.Module):
@@ -19,10 +28,14 @@ class Probe(nn.Module):
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
 
 
+def case_of(kind="inference", execution="eager", precision="float32", model="test_vit", **settings):
+    return Case(model, kind, execution, 2, precision, **settings)
+
+
 def test_inference_changes_nothing_and_keeps_no_graph():
     model = Probe()
     before = model.head.weight.clone()
-    logits = create_step(model, IMAGES, "inference", "eager", "float32")()
+    logits = create_step(model, IMAGES, case_of())()
     assert not model.training
     assert logits.is_inference()
     assert torch.equal(model.head.weight, before)
@@ -32,7 +45,7 @@ def test_inference_changes_nothing_and_keeps_no_graph():
 def test_a_training_step_moves_the_weights_and_clears_the_gradients(precision):
     model = Probe()
     before = model.head.weight.clone()
-    create_step(model, IMAGES, "training", "eager", precision)()
+    create_step(model, IMAGES, case_of("training", precision=precision))()
     assert model.training
     assert model.head.weight.dtype == torch.float32
     assert not torch.equal(model.head.weight, before)
@@ -40,60 +53,97 @@ def test_a_training_step_moves_the_weights_and_clears_the_gradients(precision):
 
 
 def test_precision_is_the_dtype_of_the_forward_pass():
-    logits = create_step(Probe(), IMAGES, "inference", "eager", "bfloat16")()
+    logits = create_step(Probe(), IMAGES, case_of(precision="bfloat16"))()
     assert logits.dtype == torch.bfloat16
+
+
+def test_true_precision_is_the_dtype_of_weights_and_images():
+    case = case_of(precision="float16-true")
+    assert {p.dtype for p in create_model(case, CPU).parameters()} == {torch.float16}
+    assert create_images(case, CPU).dtype == torch.float16
+
+
+def test_tf32_is_for_products_of_float32():
+    create_step(Probe(), IMAGES, case_of(precision="tf32"))
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.slow
 def test_compiled_computes_the_same():
     model = Probe()
-    eager = create_step(model, IMAGES, "inference", "eager", "float32")()
-    compiled = create_step(model, IMAGES, "inference", "compiled", "float32")()
+    eager = create_step(model, IMAGES, case_of())()
+    compiled = create_step(model, IMAGES, case_of(execution="compiled"))()
     assert model._compiled_call_impl is not None
     torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["inference", "training"])
-@pytest.mark.parametrize("execution", ["compiled", "cuda_graphs"])
-def test_compiled_steps_repeat_on_a_gpu(settings_with, kind, execution):
-    settings = settings_with("device=cuda")
-    model = create_model("test_vit", settings)
-    step = create_step(model, create_images(model, 2, settings), kind, execution, "float16")
+@pytest.mark.parametrize("execution", ["captured", "compiled", "cuda_graphs"])
+def test_steps_repeat_on_a_gpu(kind, execution):
+    case = case_of(kind, execution, "float16")
+    model = create_model(case, CUDA)
+    before = [parameter.clone() for parameter in model.parameters()]
+    step = create_step(model, create_images(case, CUDA), case)
     for _ in range(4):
         step()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+    same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(same) == (kind == "inference")
 
 
-def test_the_input_size_reaches_models_of_a_fixed_size(settings_with):
-    settings = settings_with("input_size=96")
-    model = create_model("vit_tiny_patch16_224", settings)
-    images = create_images(model, 2, settings)
+@pytest.mark.gpu
+def test_a_captured_step_is_replayed():
+    total, ran = torch.zeros(1, device="cuda"), []
+
+    def step():
+        ran.append(None)
+        total.add_(1)
+
+    replay = capture(step)
+    for _ in range(5):
+        replay()
+    assert total.item() == 5
+    assert len(ran) == 2
+
+
+def test_the_input_size_reaches_models_of_a_fixed_size():
+    case = case_of(model="vit_tiny_patch16_224", input_size=96)
+    images = create_images(case, CPU)
     assert images.shape == (2, 3, 96, 96)
-    assert model.eval()(images).shape == (2, 1000)
+    assert create_model(case, CPU).eval()(images).shape == (2, 1000)
 
 
-def test_without_input_size_the_images_have_the_models_own(settings_with):
-    settings = settings_with("input_size=null")
-    model = create_model("test_vit", settings)
-    assert create_images(model, 1, settings).shape == (1, 3, 160, 160)
+def test_without_input_size_the_images_have_the_models_own():
+    assert create_images(case_of(), CPU).shape == (2, 3, 160, 160)
 
 
-def test_images_are_not_constant(settings_with):
-    settings = settings_with()
-    assert create_images(create_model("test_vit", settings), 2, settings).std() > 0.5
+def test_images_are_not_constant():
+    assert create_images(case_of(input_size=64), CPU).std() > 0.5
 
 
-def test_channels_last_holds_for_weights_and_images(settings_with):
-    settings = settings_with("channels_last=true")
-    model = create_model("resnet18", settings)
-    images = create_images(model, 2, settings)
+def test_channels_last_holds_for_weights_and_images():
+    case = case_of(model="resnet18", channels_last=True)
+    images = create_images(case, CPU)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    weight = create_model(case, CPU).layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_attention_backend_reaches_every_block(settings_with):
-    model = create_model("nat_mini", settings_with("attention_backend=reference"))
+def test_the_attention_backend_reaches_every_block():
+    model = create_model(case_of(model="nat_mini", attention_backend="gemm"), CPU)
     backends = [module.backend for module in model.modules() if hasattr(module, "backend")]
     assert backends
-    assert set(backends) == {"reference"}
+    assert set(backends) == {"gemm"}
+
+
+@pytest.mark.parametrize(
+    ("model", "published"), [("nat_tiny", 4.3), ("swin_tiny_patch4_window7_224", 4.5)]
+)
+def test_operations_are_twice_the_published_multiplications(model, published):
+    assert count_flops(case_of(model=model)) / 2e9 == pytest.approx(published, abs=0.05)
+
+
+def test_operations_grow_with_the_image():
+    small, large = (count_flops(case_of(model="nat_mini", input_size=n)) for n in (224, 448))
+    assert large == pytest.approx(4 * small, rel=0.01)

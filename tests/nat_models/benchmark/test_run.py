@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nat_models.benchmark import run
+from nat_models.benchmark.run import run
 
 
 def test_every_condition_is_in_the_file(compose_bench, capsys):
