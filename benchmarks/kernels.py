@@ -1,170 +1,286 @@
-"""Times of the operator, forward and backward, beside the time its memory traffic alone would take.
+"""Times of the operator on every layer of the zoo, beside its peers and its memory's floor.
 
-    PYTHONPATH=kernels python benchmarks/kernels.py results.json --commit COMMIT
+    PYTHONPATH=kernels python benchmarks/kernels.py kernels.json --commit COMMIT --only main
+    PYTHONPATH=kernels python benchmarks/kernels.py kernels.json --commit COMMIT \
+        --providers fused flex sdpa natten --limit-seconds 530
 
-Needs a GPU, PyTorch and Triton. Each shape is first checked against the reference backend in fp64.
+Needs a GPU, PyTorch and Triton. A run that reaches its limit is continued by the same command. Our
+own kernels are measured anew for another commit, peers are not. Without a GPU,
+`--draw kernels.json FOLDER` makes table and chart again.
 
-The operator, with its bias and the bias's gradient, is captured in a CUDA graph; a time is the
-median of graph replays with a cold L2 cache. The floor is the bytes that must move at least
-(forward q, k, v, o; backward q, k, v, o, do, dq, dk, dv) over the bandwidth of a large copy,
-measured in the same run.
+Each provider is first checked against the reference backend in fp64. A pass, with the bias and the
+bias's gradient or without them, is captured in a CUDA graph; a time is the median of graph replays
+with a cold L2 cache. The floor is the bytes that must move at least (forward q, k, v, o; backward
+q, k, v, o, do, dq, dk, dv) over the bandwidth of a large copy, measured in the same run. Peers get
+their tensors in the layout that suits them, masks made before, and the fastest of their ways
+counts.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import statistics
+import sys
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
+from compiling import Ahead, Operator, Peer, compile_operator, run_peer
+from measuring import (
+    Deadline,
+    Record,
+    Results,
+    copy_bandwidth,
+    describe_device,
+    markdown_table,
+    today,
+)
+from peers import PROVIDERS, Provider, measure
+from problem import (
+    PRECISIONS,
+    Exact,
+    Problem,
+    Tensors,
+    load_problems,
+    random_tensors,
+    use_precision,
+)
 
-import neighborhood_attention  # noqa: F401  registers the operators
-
-OPERATORS = torch.ops.neighborhood_attention
-BATCH, HEAD_DIM, KERNEL_SIZE = 128, 32, 7
-# Side of the map, heads, dilation: the layers of NAT-Tiny and DiNAT-Tiny at 224 pixels.
-SHAPES = [(56, 2, 1), (28, 4, 1), (14, 8, 1), (7, 16, 1), (56, 2, 8), (28, 4, 4), (14, 8, 2)]
-TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+IDENTITY = "map", "heads", "head_dim", "kernel_size", "dilation", "batch", "dtype", "provider"
+OURS = "fused", "gemm", "naive"
+MARGIN = 20  # seconds that a problem may take
 
 
 def main() -> None:
-    """Measure all shapes and write the JSON file."""
+    """Measure what is missing; print the table."""
+    arguments = parse(sys.argv[1:])
+    if arguments.draw:
+        result = json.loads(arguments.output.read_text())
+        print(tables(result))
+        plots(result, arguments.draw)
+        return
+    deadline = Deadline(arguments.limit_seconds)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        results = run(arguments, deadline)
+    print(tables(results.content | {"results": results.records}))
+    wrong = [r for r in results.records if r["provider"] in OURS and r["failures"]]
+    sys.exit("\n".join(f"failed: {r}" for r in wrong))
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--commit", required=True, help="of the code that is measured")
-    arguments = parser.parse_args()
-    bandwidth = copy_bandwidth()
-    results = [measure(*shape, dtype, bandwidth) for dtype in TOLERANCE for shape in SHAPES]
-    versions = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
-    description = {
-        "device": torch.cuda.get_device_name(),
-        "versions": versions,
+    parser.add_argument("--commit", help="of the code that is measured")
+    parser.add_argument("--only", nargs="+", help="main, or parts of names such as 56x56-k7")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=PRECISIONS)
+    parser.add_argument("--providers", nargs="+", default=["fused"], choices=PROVIDERS)
+    parser.add_argument("--limit-seconds", type=float, default=530)
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="measure nothing")
+    arguments = parser.parse_args(words)
+    if arguments.commit is None and arguments.draw is None:
+        parser.error("--commit is required")
+    return arguments
+
+
+def run(arguments: argparse.Namespace, deadline: Deadline) -> Results:
+    """Measure until all is done or the time is over."""
+    description = describe_device() | {
         "commit": arguments.commit,
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join(__doc__.split("\n\n")[3].split()),
-        "copy_bandwidth_tb_s": bandwidth / 1e12,
+        "date": today(),
+        "method": " ".join(__doc__.split("\n\n")[-1].split()),
     }
-    arguments.output.write_text(json.dumps({**description, "results": results}, indent=1) + "\n")
-    print(table(description, results))
+    results = Results(arguments.output, description, IDENTITY)
+    work = list(missing(arguments, results))
+    with Ahead(dict(ahead(work))) as compiled:
+        bandwidth = copy_bandwidth()
+        results.content["copy_bandwidth_tb_s"] = bandwidth / 1e12
+        for number, (record, problem, provider) in enumerate(work):
+            if deadline.left < MARGIN:
+                print(f"time is over, {len(work) - number} measurements left: run this again")
+                break
+            try:
+                for key, _ in ahead([work[number]]):
+                    compiled.wait(key, deadline)
+            except TimeoutError:
+                continue
+            found = measure_passes(problem, provider, record["dtype"])
+            results.add(record | found | floors(problem, record["dtype"], bandwidth))
+            print(line(results.find(record)), flush=True)
+    return results
 
 
-def copy_bandwidth():
-    """Bytes a second, read and written, of a device-to-device copy of 4 GiB."""
-    source = torch.randn(2**30, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (graph_time(lambda: target.copy_(source)) / 1e6)
+Work = tuple[Record, Problem, Provider]
 
 
-def measure(side, heads, dilation, dtype, bandwidth):
-    """Check and time one shape; times in microseconds."""
-    torch.manual_seed(0)
-    window = [KERNEL_SIZE] * 2 + [1] * 2 + [dilation] * 2 + [0] * 2  # see the operators' schemas
-    settings = window, HEAD_DIM**-0.5
-    qkv, rpb, grad = inputs(3, side, heads, dtype)
-    errors = relative_errors(
-        step(qkv, rpb, grad, settings, "fused"),
-        step(qkv.double(), rpb.double(), grad.double(), settings, "reference"),
-    )
-    if max(errors.values()) > TOLERANCE[dtype]:
-        raise RuntimeError(
-            f"{side=} {heads=} {dilation=} {dtype}: wrong results, relative errors {errors}"
-        )
-    qkv, rpb, grad = inputs(BATCH, side, heads, dtype)
-    output, lse = forward(qkv, rpb, settings)
-    saved = output, lse, settings, "fused"
-    times = {
-        "forward_us": graph_time(lambda: forward(qkv, rpb, settings)),
-        "forward_without_rpb_us": graph_time(lambda: forward(qkv, None, settings)),
-        "backward_us": graph_time(lambda: backward(grad, qkv, rpb, *saved)),
-        "backward_without_rpb_us": graph_time(lambda: backward(grad, qkv, None, *saved)),
-    }
-    floor = 4 * output.nbytes / bandwidth * 1e6
-    return {
-        "map": [side, side], "heads": heads, "head_dim": HEAD_DIM, "kernel_size": KERNEL_SIZE,
-        "dilation": dilation, "batch": BATCH, "dtype": str(dtype).removeprefix("torch."),
-        "relative_errors": errors, **times,
-        "forward_floor_us": floor, "backward_floor_us": 2 * floor,
-    }  # fmt: skip
+def missing(arguments: argparse.Namespace, results: Results) -> Iterator[Work]:
+    """What is not measured yet, in order."""
+    for entry in load_problems("zoo"):
+        problem = Problem.of(entry)
+        chosen = arguments.only or [""]
+        if not any(part in str(problem) or (part == "main" and entry["main"]) for part in chosen):
+            continue
+        for dtype in arguments.dtype:
+            for name in arguments.providers:
+                record = record_of(problem, dtype, name) | {"main": entry["main"]}
+                before = results.find(record)
+                again = before and name in OURS and before["commit"] != arguments.commit
+                if before is None or again:
+                    yield record, problem, PROVIDERS[name]
 
 
-def inputs(batch, side, heads, dtype):
-    """Packed projection, bias (fp32) and the output's gradient, N(0, 1)."""
-    qkv = torch.randn(batch, side, side, 3, heads, HEAD_DIM, device="cuda", dtype=dtype)
-    rpb = torch.randn(heads, 2 * KERNEL_SIZE - 1, 2 * KERNEL_SIZE - 1, device="cuda")
-    return [qkv, rpb, torch.randn(batch, side, side, heads, HEAD_DIM, device="cuda", dtype=dtype)]
+def record_of(problem: Problem, dtype: str, provider: str) -> Record:
+    """What identifies a measurement."""
+    square = {"kernel_size": problem.kernel_size[0], "dilation": problem.dilation[0]}
+    return problem.record | square | {"dtype": dtype, "provider": provider}
 
 
-def step(qkv, rpb, grad, settings, backend):
-    """Results of a forward and a backward pass."""
-    output, lse = forward(qkv, rpb, settings, backend)
-    grad_qkv, grad_rpb = backward(grad, qkv, rpb, output, lse, settings, backend)
-    grad_query, grad_key, grad_value = grad_qkv.unbind(3)
-    return {"output": output, "lse": lse, "grad_query": grad_query, "grad_key": grad_key,
-            "grad_value": grad_value, "grad_rpb": grad_rpb}  # fmt: skip
+def ahead(work: list[Work]) -> Iterator[tuple[Hashable, Any]]:
+    """What other processes compile, by a key of its own."""
+    for record, problem, provider in work:
+        for bias in (True, False):
+            if provider.name in OURS:
+                for backward in (False, True):
+                    part = Operator(provider.name, problem, record["dtype"], bias, backward)
+                    yield part, (compile_operator, part)
+            elif provider.compiles and not provider.refuses(problem, bias, False):
+                peer = Peer(provider.name, problem, record["dtype"], bias)
+                yield peer, (run_peer, peer)
 
 
-def forward(qkv, rpb, settings, backend="fused"):
-    """Output and log-sum-exp."""
-    return OPERATORS.attention_qkvpacked(qkv, rpb, *settings, backend)
+def measure_passes(problem: Problem, provider: Provider, precision: str) -> Record:
+    """Times in microseconds, where they could be taken; why others could not."""
+    dtype, tolerance = use_precision(precision), PRECISIONS[precision][2]
+    with_bias = random_tensors(problem, dtype, True)
+    record: Record = {"failures": {}, "ways": {}, "ranges_us": {}}
+    for suffix, tensors in (("", with_bias), ("_without_rpb", with_bias._replace(rpb=None))):
+        found = measure_bias(provider, problem, tensors, tolerance)
+        record["failures"] |= {f"{k}{suffix}": v for k, v in found.pop("failures").items()}
+        for name, entry in found.items():
+            record[f"{name}{suffix}_us"] = entry["us"]
+            record["ranges_us"][name + suffix] = entry["range"]
+            record["ways"][name + suffix] = entry["way"]
+            if name == "backward" and not suffix:
+                record["relative_errors"] = entry["errors"]
+    if provider.compiles:
+        torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return record
 
 
-def backward(grad, qkv, rpb, output, lse, settings, backend):
-    """The packed gradient and the bias's."""
-    results = output, lse, grad, None
-    return OPERATORS.attention_qkvpacked_backward(
-        qkv, rpb, *settings, backend, *results, [True, rpb is not None]
-    )
+def measure_bias(
+    provider: Provider, problem: Problem, tensors: Tensors, tolerance: float
+) -> Record:
+    """With the bias that the tensors have, or without."""
+    slack = 1 if provider.name == "fused" else 4  # others may round weights and the bias
+    return measure(provider, problem, tensors, Exact(problem, tensors, slack * tolerance))
 
 
-def relative_errors(actual, exact):
-    """Norm of the error over the norm of the exact value."""
-    return {name: float((actual[name].double() - x).norm() / x.norm()) for name, x in exact.items()}
+def floors(problem: Problem, precision: str, bandwidth: float) -> Record:
+    """Microseconds that the memory's traffic takes at least."""
+    size = PRECISIONS[precision][0].itemsize
+    floor = 4 * problem.elements * size / bandwidth * 1e6
+    return {"forward_floor_us": floor, "backward_floor_us": 2 * floor}
 
 
-def graph_time(function, replays=50):
-    """Median time of a captured call, in microseconds; each replay finds a cold L2 cache."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    cold = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    starts, ends = (
-        [torch.cuda.Event(enable_timing=True) for _ in range(replays)] for _ in range(2)
-    )
-    for start, end in zip(starts, ends, strict=True):
-        cold.fill_(1)
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(s.elapsed_time(e) for s, e in zip(starts, ends, strict=True)) * 1e3
+def line(record: Record) -> str:
+    """A measurement in short."""
+    words = [shape(record), record["dtype"], record["provider"]]
+    for name in ("forward", "forward_without_rpb", "backward", "backward_without_rpb"):
+        words.append(over_floor(record, name))
+    failures = "; ".join(f"{k}: {v}" for k, v in record["failures"].items())
+    return " | ".join(words) + (f" | {failures[:300]}" if failures else "")
 
 
-def table(description, results):
-    """The results as a Markdown table."""
-    versions = description["versions"]
-    lines = [
-        f"{description['device']}, torch {versions['torch']}, Triton {versions['triton']}; "
-        f"batch {BATCH}, head dimension {HEAD_DIM}, window {KERNEL_SIZE}x{KERNEL_SIZE}; "
-        "us (times the floor)",
-        "",
-        "| map | heads | dilation | dtype | forward | no RPB | backward | no RPB |",
-        "|---|---|---|---|---|---|---|---|",
+def shape(record: Record) -> str:
+    """Map, heads and window."""
+    words = "x".join(map(str, record["map"])) + f", {record['heads']} heads, "
+    words += f"{record['kernel_size']}x{record['kernel_size']}"
+    return words + (f", dilation {record['dilation']}" if record["dilation"] > 1 else "")
+
+
+def over_floor(record: Record, name: str) -> str:
+    """A time, and how many floors it is."""
+    if f"{name}_us" not in record:
+        return "-"
+    time, floor = record[f"{name}_us"], record[f"{name.split('_')[0]}_floor_us"]
+    return f"{time:.0f} ({time / floor:.1f}x)"
+
+
+def tables(result: Record) -> str:
+    """A table a dtype and pass, in Markdown."""
+    parts = [
+        f"{result['device']}, torch {result['versions']['torch']}, Triton "
+        f"{result['versions']['triton']}; microseconds (times the floor), with bias unless said"
     ]
-    for r in results:
-        cells = ["x".join(map(str, r["map"])), r["heads"], r["dilation"], r["dtype"]]
+    for dtype in dict.fromkeys(r["dtype"] for r in result["results"]):
+        records = [r for r in result["results"] if r["dtype"] == dtype]
         for name in ("forward", "backward"):
-            for key in (f"{name}_us", f"{name}_without_rpb_us"):
-                cells.append(f"{r[key]:.0f} ({r[key] / r[f'{name}_floor_us']:.1f}x)")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+            columns = present_columns(records, name)
+            rows = [
+                [title, f"{floor:.0f}", *(over_floor(row.get(p, {}), c) for p, c in columns)]
+                for title, floor, row in by_shape(records, name)
+            ]
+            heads = [p + (", no bias" if "without" in c else "") for p, c in columns]
+            head = [f"{dtype} {name}", "floor", *heads]
+            parts.append(markdown_table(head, rows))
+    return "\n\n".join(parts)
+
+
+def by_shape(records: list[Record], name: str) -> Iterator[tuple[str, float, dict[str, Record]]]:
+    """Title, floor, and measurement by provider of each shape."""
+    for title in dict.fromkeys(map(shape, records)):
+        row = {r["provider"]: r for r in records if shape(r) == title}
+        yield title, next(iter(row.values()))[f"{name}_floor_us"], row
+
+
+def present_columns(records: list[Record], name: str) -> list[tuple[str, str]]:
+    """Provider and measurement, where there is one."""
+    return [
+        (provider, column)
+        for provider in dict.fromkeys(r["provider"] for r in records)
+        for column in (name, f"{name}_without_rpb")
+        if any(r["provider"] == provider and f"{column}_us" in r for r in records)
+    ]
+
+
+def plots(result: Record, folder: Path) -> list[Path]:
+    """A bar chart of times over the floor, a dtype each; the files."""
+    from matplotlib.figure import Figure
+
+    files = []
+    for dtype in dict.fromkeys(r["dtype"] for r in result["results"]):
+        records = [r for r in result["results"] if r["dtype"] == dtype]
+        titles = list(dict.fromkeys(map(shape, records)))
+        figure = Figure((14, 2 + 0.32 * len(titles)), layout="constrained")
+        for axes, name in zip(
+            figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True
+        ):
+            draw_bars(axes, records, name)
+            axes.set_title(name)
+            axes.set_xlabel("time over the memory's floor")
+            axes.set_xscale("log")
+            axes.axvline(1, color="black", linewidth=0.8)
+        axes.legend(fontsize="small")
+        figure.axes[0].set_yticks(range(len(titles)), titles, fontsize="small")
+        figure.axes[0].invert_yaxis()
+        figure.suptitle(f"{result['device']}, {dtype}, batch {records[0]['batch']}")
+        files.append(folder / f"kernels-{dtype}.png")
+        figure.savefig(files[-1], dpi=110)
+    return files
+
+
+def draw_bars(axes: Any, records: list[Record], name: str) -> None:
+    """A group of bars a shape."""
+    columns = [c for c in present_columns(records, name) if c[0] == "natten" or c[1] == name]
+    height = 0.8 / max(1, len(columns))
+    for place, (provider, column) in enumerate(columns):
+        points = [
+            (number - 0.4 + (place + 0.5) * height, row[provider][f"{column}_us"] / floor)
+            for number, (_, floor, row) in enumerate(by_shape(records, name))
+            if f"{column}_us" in row.get(provider, {})
+        ]
+        label = provider + (" (no bias)" if column != name else "")
+        axes.barh([y for y, _ in points], [x for _, x in points], height, label=label)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def kernels(result: Result) -> str:
         ]
         for r in result["results"]
         if r["dtype"] == "bfloat16"
+        and r.get("provider", "fused") == "fused"
+        and r.get("main", True)
     ]
     first = result["results"][0]
     window = f"{first['kernel_size']}x{first['kernel_size']}"

@@ -1,0 +1,164 @@
+"""Kernels compiled ahead of their use, in processes beside the one that measures.
+
+Triton keeps what it compiled on disk, so that the process that measures only loads it. Our own
+kernels are compiled without a launch; the GPU is left alone meanwhile.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from measuring import Deadline
+from problem import Problem, random_tensors, use_precision
+
+from neighborhood_attention.backends import Inputs, load
+from neighborhood_attention.geometry import Neighborhood
+
+# Each process compiles by itself: PyTorch's compiler, imported later, shall start no further ones.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
+class Kernel(NamedTuple):
+    """What the compiler says of a kernel; registers and spills are those of a thread."""
+
+    name: str
+    warps: int
+    shared_memory: int  # bytes of a program
+    registers: int | None  # None without a GPU
+    spills: int | None
+
+
+class Operator(NamedTuple):
+    """One pass of one of our backends."""
+
+    backend: str
+    problem: Problem
+    precision: str
+    bias: bool
+    backward: bool
+
+
+def compile_operator(work: Operator) -> list[Kernel]:
+    """Compile the kernels of a pass; the tensors take no memory, since none is written."""
+    dtype = use_precision(work.precision)
+    problem = work.problem
+    kernel_size, dilation = problem.kernel_size, problem.dilation
+    ones = (1,) * problem.dims
+    window = Neighborhood(kernel_size, ones, dilation, (False,) * problem.dims)
+    scale = problem.settings[1]
+    rows = problem.batch, *problem.map, problem.heads
+    sizes = [2 * k - 1 for k in kernel_size]
+
+    def inputs() -> Inputs:
+        qkv = torch.empty(*rows[:-1], 3, problem.heads, problem.head_dim, dtype=dtype)
+        rpb = torch.empty(problem.heads, *sizes) if work.bias else None
+        return Inputs(*qkv.unbind(-3), rpb)
+
+    backend = load(work.backend)
+    with compile_only() as kernels:
+        if work.backward:
+            output = torch.empty(*rows, problem.head_dim, dtype=dtype)
+            lse = torch.empty(rows)
+            backend.backward(output, None, inputs(), output, lse, window, scale, inputs())
+        else:
+            backend.forward(inputs(), window, scale)
+    return kernels
+
+
+@contextmanager
+def compile_only() -> Iterator[list[Kernel]]:
+    """Triton compiles, but launches nothing; tensors may be on the CPU."""
+    import triton
+
+    run, capability = triton.JITFunction.run, torch.cuda.get_device_capability
+    properties = torch.cuda.get_device_properties
+    kernels: list[Kernel] = []
+
+    def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        kernels.append(_described(compiled))
+
+    # Questions about the tensors' device are answered for the GPU.
+    triton.JITFunction.run = only_compile
+    torch.cuda.get_device_capability = lambda _=None: capability(0)
+    torch.cuda.get_device_properties = lambda _=None: properties(0)
+    try:
+        yield kernels
+    finally:
+        triton.JITFunction.run = run
+        torch.cuda.get_device_capability = capability
+        torch.cuda.get_device_properties = properties
+
+
+def _described(compiled: Any) -> Kernel:
+    metadata = compiled.metadata
+    registers = spills = None
+    if torch.cuda.is_available():
+        _ = compiled.run  # loads it, and makes its launcher
+        registers, spills = compiled.n_regs, compiled.n_spills
+    return Kernel(compiled.name, metadata.num_warps, metadata.shared, registers, spills)
+
+
+class Peer(NamedTuple):
+    """Both passes of a peer."""
+
+    provider: str
+    problem: Problem
+    precision: str
+    bias: bool
+
+
+def run_peer(work: Peer) -> None:
+    """Run a peer once, so that PyTorch compiles it and keeps the result on disk."""
+    from peers import PROVIDERS
+
+    dtype = use_precision(work.precision)
+    tensors = random_tensors(work.problem, dtype, work.bias)
+    for call in PROVIDERS[work.provider].prepare(work.problem, tensors):
+        call.forward()
+        call.backward(call.arrange(tensors.grad))
+    torch.cuda.synchronize()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+
+
+class Ahead:
+    """Work handed to processes of their own, in order; as a context it ends them."""
+
+    def __init__(self, work: Mapping[Hashable, tuple[Callable[..., Any], Any]]) -> None:
+        processes = max(1, min(14, (os.cpu_count() or 3) - 2, len(work)))
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(processes, context)
+        self._futures: dict[Hashable, Future[Any]] = {
+            key: self._pool.submit(function, argument) for key, (function, argument) in work.items()
+        }
+
+    def wait(self, key: Hashable, deadline: Deadline) -> Any:
+        """The result; None where it failed: the process that measures then compiles by itself.
+
+        Raises:
+            TimeoutError: The deadline came first.
+        """
+        try:
+            return self._futures[key].result(deadline.left)
+        except (TimeoutError, CancelledError):
+            raise TimeoutError from None
+        except BrokenProcessPool:
+            return None
+        except Exception as error:
+            print(f"compiling ahead: {key}: {type(error).__name__}: {error}", flush=True)
+            return None
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()

@@ -1,0 +1,179 @@
+"""Times on a GPU, what that GPU can do at most, and files of results that a later run continues."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Record = dict[str, Any]
+
+
+class Timing(NamedTuple):
+    """Microseconds: the median of the replays, and their 10 % and 90 % quantiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@cache
+def _cold() -> Tensor:
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+
+def graph_time(function: Callable[[], Any], seconds: float = 0.1) -> Timing:
+    """Time of a call captured in a CUDA graph; each replay finds a cold L2 cache.
+
+    The current stream must not be the default one. It takes about `seconds` and the replays of at
+    least 7 calls, 50 at most.
+    """
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    (first,) = _replay(graph, 1)
+    times = sorted(_replay(graph, min(50, max(7, int(seconds * 1e6 / first)))))
+    tenth = len(times) // 10
+    return Timing(statistics.median(times), times[tenth], times[-1 - tenth])
+
+
+def _replay(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        _cold().fill_(1)
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a device-to-device copy of 4 GiB."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (graph_time(lambda: target.copy_(source)).median / 1e6)
+
+
+def product_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOP a second of a square matrix product, by PyTorch's present settings."""
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    return 2 * size**3 / (graph_time(lambda: a @ b).median / 1e6)
+
+
+def describe_device() -> Record:
+    """The GPU and the software that runs on it."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        driver = "unknown"
+    return {
+        "device": properties.name,
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+            "driver": driver,
+        },
+        "multiprocessor": {
+            "count": properties.multi_processor_count,
+            "registers": properties.regs_per_multiprocessor,
+            "shared_memory": properties.shared_memory_per_multiprocessor,
+            "threads": properties.max_threads_per_multi_processor,
+        },
+    }
+
+
+class Deadline:
+    """The end of the time that a run may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds, 0 at least."""
+        return max(0.0, self._end - time.monotonic())
+
+
+class Results:
+    """A JSON file: a description, and a list of records that grows from run to run.
+
+    Records that agree in the fields of `identity` are of the same measurement: the later replaces
+    the earlier. A file goes on only on the same kind of machine with the same software.
+
+    Raises:
+        ValueError: The file was made by another device or other versions.
+    """
+
+    def __init__(self, path: Path, description: Record, identity: Sequence[str]) -> None:
+        self._path, self._identity = path, identity
+        before = json.loads(path.read_text()) if path.exists() else {"results": []}
+        for name in ("device", "versions"):
+            if name in before and before[name] != description[name]:
+                raise ValueError(
+                    f"{path}: {name} {before[name]}, but this is {description[name]}: "
+                    "results of different machines go into different files"
+                )
+        self._records = {self._key(record): record for record in before.pop("results")}
+        self.content = before | description
+
+    def _key(self, record: Record) -> str:
+        return json.dumps([record[name] for name in self._identity])
+
+    @property
+    def records(self) -> list[Record]:
+        """All measurements, the earliest first."""
+        return list(self._records.values())
+
+    def find(self, record: Record) -> Record | None:
+        """The measurement with the same identity."""
+        return self._records.get(self._key(record))
+
+    def add(self, record: Record) -> None:
+        """Take a measurement, and write the file."""
+        stamp = {"commit": self.content["commit"], "date": self.content["date"]}
+        self._records[self._key(record)] = record | stamp
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, one record a line; never half of it."""
+        head = json.dumps(self.content | {"results": []}, indent=1).removesuffix("[]\n}")
+        rows = ",\n".join(f"  {json.dumps(_rounded(record))}" for record in self.records)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(f"{head}[\n{rows}\n ]\n}}\n")
+        os.replace(temporary, self._path)
+
+
+def _rounded(value: Any) -> Any:
+    """With four digits to a float, more than a measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def today() -> str:
+    """The date, as results name it."""
+    return datetime.date.today().isoformat()
+
+
+def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Rows under a head."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

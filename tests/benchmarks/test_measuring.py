@@ -1,0 +1,54 @@
+import json
+
+import pytest
+import torch
+from measuring import Deadline, Results, graph_time, markdown_table
+
+DESCRIPTION = {"device": "d", "versions": {"torch": "2"}, "commit": "a", "date": "2026-01-01"}
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(tmp_path / "r.json", DESCRIPTION, ["name"])
+
+
+def test_a_later_measurement_replaces_the_same_one(results, tmp_path):
+    results.add({"name": "x", "us": 1.0})
+    results.add({"name": "y", "us": 2.0})
+    results.add({"name": "x", "us": 3.0})
+    again = Results(tmp_path / "r.json", DESCRIPTION | {"commit": "b"}, ["name"])
+    assert [(r["name"], r["us"], r["commit"]) for r in again.records] == [
+        ("x", 3, "a"), ("y", 2, "a"),
+    ]  # fmt: skip
+    assert again.find({"name": "y"})["us"] == 2
+    assert again.find({"name": "z"}) is None
+
+
+def test_a_record_is_a_line_with_four_digits(results, tmp_path):
+    results.add({"name": "x", "values": [1 / 3], "nested": {"us": 123456.0}})
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text)["results"][0]["values"] == [0.3333]
+    assert [line for line in text.splitlines() if '"x"' in line and "123500.0" in line]
+
+
+def test_other_versions_are_refused(results, tmp_path):
+    results.add({"name": "x"})
+    with pytest.raises(ValueError, match="versions"):
+        Results(tmp_path / "r.json", DESCRIPTION | {"versions": {"torch": "3"}}, ["name"])
+
+
+def test_a_deadline_has_no_negative_time_left():
+    assert Deadline(-1).left == 0
+    assert 99 < Deadline(100).left <= 100
+
+
+def test_a_table_has_a_line_a_row():
+    assert markdown_table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.mark.gpu
+def test_a_larger_copy_takes_longer():
+    small, large = (torch.ones(n, device="cuda") for n in (2**22, 2**28))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        times = [graph_time(lambda x=x: x.clone()).median for x in (small, large)]
+    assert times[1] > 10 * times[0] > 0
