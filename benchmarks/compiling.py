@@ -4,23 +4,24 @@ Triton keeps what it compiled on disk, so that the process that measures only lo
 kernels are compiled without a launch; the GPU is left alone meanwhile.
 """
 
+import builtins
 import multiprocessing
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ProcessPoolExecutor, TimeoutError
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+# Each process compiles by itself: PyTorch's compiler, imported later, shall start no further ones.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 import torch
 from measuring import Deadline
+from peers import PROVIDERS, Provider
 from problem import Problem, random_tensors, use_precision
 
 from neighborhood_attention.backends import Inputs, load
 from neighborhood_attention.geometry import Neighborhood
-
-# Each process compiles by itself: PyTorch's compiler, imported later, shall start no further ones.
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 class Kernel(NamedTuple):
@@ -33,7 +34,7 @@ class Kernel(NamedTuple):
     spills: int | None
 
 
-class Operator(NamedTuple):
+class OperatorPass(NamedTuple):
     """One pass of one of our backends."""
 
     backend: str
@@ -42,8 +43,12 @@ class Operator(NamedTuple):
     bias: bool
     backward: bool
 
+    def __call__(self) -> list[Kernel]:
+        """Compile its kernels."""
+        return compile_operator(self)
 
-def compile_operator(work: Operator) -> list[Kernel]:
+
+def compile_operator(work: OperatorPass) -> list[Kernel]:
     """Compile the kernels of a pass; the tensors take no memory, since none is written."""
     dtype = use_precision(work.precision)
     problem = work.problem
@@ -104,7 +109,7 @@ def _described(compiled: Any) -> Kernel:
     return Kernel(compiled.name, metadata.num_warps, metadata.shared, registers, spills)
 
 
-class Peer(NamedTuple):
+class PeerRun(NamedTuple):
     """Both passes of a peer."""
 
     provider: str
@@ -112,46 +117,50 @@ class Peer(NamedTuple):
     precision: str
     bias: bool
 
+    def __call__(self) -> None:
+        """Run them once, so that PyTorch compiles them and keeps the result on disk."""
+        tensors = random_tensors(self.problem, use_precision(self.precision), self.bias)
+        for call in PROVIDERS[self.provider].prepare(self.problem, tensors):
+            call.forward()
+            call.backward(call.arrange(tensors.grad))
+        torch.cuda.synchronize()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
 
-def run_peer(work: Peer) -> None:
-    """Run a peer once, so that PyTorch compiles it and keeps the result on disk."""
-    from peers import PROVIDERS
 
-    dtype = use_precision(work.precision)
-    tensors = random_tensors(work.problem, dtype, work.bias)
-    for call in PROVIDERS[work.provider].prepare(work.problem, tensors):
-        call.forward()
-        call.backward(call.arrange(tensors.grad))
-    torch.cuda.synchronize()
-    torch._dynamo.reset()
-    torch.cuda.empty_cache()
+Part = OperatorPass | PeerRun
+
+
+def parts_of(provider: Provider, problem: Problem, precision: str, bias: bool) -> list[Part]:
+    """What can be compiled ahead of a measurement."""
+    what = provider.name, problem, precision, bias
+    if provider.compiler == "triton":
+        return [OperatorPass(*what, backward) for backward in (False, True)]
+    refused = provider.refuses(problem, bias, False)
+    return [PeerRun(*what)] if provider.compiler == "torch" and not refused else []
 
 
 class Ahead:
-    """Work handed to processes of their own, in order; as a context it ends them."""
+    """Calls made by other processes, in order; as a context it ends them."""
 
-    def __init__(self, work: Mapping[Hashable, tuple[Callable[..., Any], Any]]) -> None:
-        processes = max(1, min(14, (os.cpu_count() or 3) - 2, len(work)))
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, context)
-        self._futures: dict[Hashable, Future[Any]] = {
-            key: self._pool.submit(function, argument) for key, (function, argument) in work.items()
-        }
+    def __init__(self, parts: Iterable[Callable[[], Any]]) -> None:
+        parts = list(parts)
+        processes = max(1, min(14, (os.cpu_count() or 3) - 2, len(parts)))
+        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        self._futures = {part: self._pool.submit(part) for part in parts}
 
-    def wait(self, key: Hashable, deadline: Deadline) -> Any:
+    def wait(self, part: Callable[[], Any], deadline: Deadline) -> Any:
         """The result; None where it failed: the process that measures then compiles by itself.
 
         Raises:
             TimeoutError: The deadline came first.
         """
         try:
-            return self._futures[key].result(deadline.left)
+            return self._futures[part].result(deadline.left)
         except (TimeoutError, CancelledError):
-            raise TimeoutError from None
-        except BrokenProcessPool:
-            return None
+            raise builtins.TimeoutError from None
         except Exception as error:
-            print(f"compiling ahead: {key}: {type(error).__name__}: {error}", flush=True)
+            print(f"ahead: {part}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             return None
 
     def __enter__(self) -> "Ahead":

@@ -19,12 +19,12 @@ counts.
 import argparse
 import json
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from compiling import Ahead, Operator, Peer, compile_operator, run_peer
+from compiling import Ahead, Part, parts_of
 from measuring import (
     Deadline,
     Record,
@@ -34,7 +34,7 @@ from measuring import (
     markdown_table,
     today,
 )
-from peers import PROVIDERS, Provider, measure
+from peers import GENERATIONS, PROVIDERS, Provider, measure
 from problem import (
     PRECISIONS,
     Exact,
@@ -46,7 +46,6 @@ from problem import (
 )
 
 IDENTITY = "map", "heads", "head_dim", "kernel_size", "dilation", "batch", "dtype", "provider"
-OURS = "fused", "gemm", "naive"
 MARGIN = 20  # seconds that a problem may take
 
 
@@ -62,7 +61,7 @@ def main() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         results = run(arguments, deadline)
     print(tables(results.content | {"results": results.records}))
-    wrong = [r for r in results.records if r["provider"] in OURS and r["failures"]]
+    wrong = [r for r in results.records if r["provider"] in GENERATIONS and r["failures"]]
     sys.exit("\n".join(f"failed: {r}" for r in wrong))
 
 
@@ -91,7 +90,7 @@ def run(arguments: argparse.Namespace, deadline: Deadline) -> Results:
     }
     results = Results(arguments.output, description, IDENTITY)
     work = list(missing(arguments, results))
-    with Ahead(dict(ahead(work))) as compiled:
+    with Ahead(part for item in work for part in parts(item)) as compiled:
         bandwidth = copy_bandwidth()
         results.content["copy_bandwidth_tb_s"] = bandwidth / 1e12
         for number, (record, problem, provider) in enumerate(work):
@@ -99,12 +98,16 @@ def run(arguments: argparse.Namespace, deadline: Deadline) -> Results:
                 print(f"time is over, {len(work) - number} measurements left: run this again")
                 break
             try:
-                for key, _ in ahead([work[number]]):
-                    compiled.wait(key, deadline)
+                for part in parts(work[number]):
+                    compiled.wait(part, deadline)
             except TimeoutError:
                 continue
-            found = measure_passes(problem, provider, record["dtype"])
-            results.add(record | found | floors(problem, record["dtype"], bandwidth))
+            record |= floors(problem, record["dtype"], bandwidth)
+            try:
+                results.add(record | measure_passes(problem, provider, record["dtype"]))
+            except RuntimeError as error:  # the next run shall not meet it again
+                results.add(record | {"failures": {"GPU": str(error)[:200]}})
+                raise
             print(line(results.find(record)), flush=True)
     return results
 
@@ -123,7 +126,7 @@ def missing(arguments: argparse.Namespace, results: Results) -> Iterator[Work]:
             for name in arguments.providers:
                 record = record_of(problem, dtype, name) | {"main": entry["main"]}
                 before = results.find(record)
-                again = before and name in OURS and before["commit"] != arguments.commit
+                again = before and name in GENERATIONS and before["commit"] != arguments.commit
                 if before is None or again:
                     yield record, problem, PROVIDERS[name]
 
@@ -134,17 +137,10 @@ def record_of(problem: Problem, dtype: str, provider: str) -> Record:
     return problem.record | square | {"dtype": dtype, "provider": provider}
 
 
-def ahead(work: list[Work]) -> Iterator[tuple[Hashable, Any]]:
-    """What other processes compile, by a key of its own."""
-    for record, problem, provider in work:
-        for bias in (True, False):
-            if provider.name in OURS:
-                for backward in (False, True):
-                    part = Operator(provider.name, problem, record["dtype"], bias, backward)
-                    yield part, (compile_operator, part)
-            elif provider.compiles and not provider.refuses(problem, bias, False):
-                peer = Peer(provider.name, problem, record["dtype"], bias)
-                yield peer, (run_peer, peer)
+def parts(work: Work) -> list[Part]:
+    """What other processes compile."""
+    record, problem, provider = work
+    return [p for bias in (True, False) for p in parts_of(provider, problem, record["dtype"], bias)]
 
 
 def measure_passes(problem: Problem, provider: Provider, precision: str) -> Record:
@@ -161,7 +157,7 @@ def measure_passes(problem: Problem, provider: Provider, precision: str) -> Reco
             record["ways"][name + suffix] = entry["way"]
             if name == "backward" and not suffix:
                 record["relative_errors"] = entry["errors"]
-    if provider.compiles:
+    if provider.compiler == "torch":
         torch._dynamo.reset()
     torch.cuda.empty_cache()
     return record
@@ -259,8 +255,9 @@ def plots(result: Record, folder: Path) -> list[Path]:
             axes.set_title(name)
             axes.set_xlabel("time over the memory's floor")
             axes.set_xscale("log")
+            axes.margins(y=0.01)
             axes.axvline(1, color="black", linewidth=0.8)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right")
         figure.axes[0].set_yticks(range(len(titles)), titles, fontsize="small")
         figure.axes[0].invert_yaxis()
         figure.suptitle(f"{result['device']}, {dtype}, batch {records[0]['batch']}")

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from neighborhood_attention import portable
 
+GENERATIONS = "naive", "gemm", "fused"  # our backends on Triton
 # Nothing larger is tried: elements of a mask or of its gradient, bytes of gathered windows.
 MASK_ELEMENTS = 2**32
 GATHERED_BYTES = 2**34
@@ -52,7 +53,7 @@ class Provider(Protocol):
     """One row of a table."""
 
     name: str
-    compiles: bool  # by PyTorch's compiler
+    compiler: str | None  # "triton", or "torch" for PyTorch's
     is_dense: bool  # another function: attention to the whole map
 
     def refuses(self, problem: Problem, bias: bool, backward: bool) -> str | None:
@@ -73,8 +74,10 @@ def results(call: Call, grad: Tensor | None) -> dict[str, Tensor]:
     return found
 
 
-def measure(provider: Provider, problem: Problem, tensors: Tensors, exact: Exact) -> Measured:
-    """Check each way, time it, and keep the fastest of each pass.
+def measure(
+    provider: Provider, problem: Problem, tensors: Tensors, exact: Exact, seconds: float = 0.1
+) -> Measured:
+    """Check each way, time it for some seconds, and keep the fastest of each pass.
 
     A way with a wrong result, or one that raises, is named under `failures`.
 
@@ -90,9 +93,8 @@ def measure(provider: Provider, problem: Problem, tensors: Tensors, exact: Exact
     for call in provider.prepare(problem, tensors) if passes else ():
         for name in passes:
             try:
-                found[name] = min(
-                    _checked_time(call, name, tensors, exact), found.get(name), key=_microseconds
-                )
+                entry = _checked_time(call, name, tensors, exact, seconds)
+                found[name] = min(entry, found.get(name), key=_microseconds)
             except Exception as error:
                 if tensors.qkv.is_cuda:
                     torch.cuda.synchronize()  # raises where an error has broken everything
@@ -101,15 +103,17 @@ def measure(provider: Provider, problem: Problem, tensors: Tensors, exact: Exact
     return found
 
 
-def _checked_time(call: Call, name: str, tensors: Tensors, exact: Exact) -> dict[str, Any]:
+def _checked_time(
+    call: Call, name: str, tensors: Tensors, exact: Exact, seconds: float
+) -> dict[str, Any]:
     errors = exact.errors(results(call, exact.grad if name == "backward" else None))
-    if not max(errors.values()) <= exact.tolerance:
+    if not all(error <= exact.tolerance for error in errors.values()):
         raise ArithmeticError(f"wrong results, relative errors {errors}")
     if name == "forward":
-        timing = graph_time(call.forward)
+        timing = graph_time(call.forward, seconds)
     else:
         grad = call.arrange(tensors.grad)
-        timing = graph_time(lambda: call.backward(grad))
+        timing = graph_time(lambda: call.backward(grad), seconds)
     return {"us": timing.median, "range": timing[1:], "way": call.label, "errors": errors}
 
 
@@ -120,10 +124,11 @@ def _microseconds(entry: dict[str, Any] | None) -> float:
 class Operator:
     """One of our backends, on the packed projection."""
 
-    compiles = is_dense = False
+    is_dense = False
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.compiler = "triton" if name in GENERATIONS else None
 
     def refuses(self, problem: Problem, bias: bool, backward: bool) -> str | None:
         """Nothing."""
@@ -209,7 +214,7 @@ class DenseAttention:
     mask, which is another function, self-attention.
     """
 
-    compiles = False
+    compiler = None
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -308,7 +313,7 @@ class FlexAttention:
     Tokens in rows, or tile by tile of each dilation group, so that a block is a compact region.
     """
 
-    name, compiles, is_dense = "flex", True, False
+    name, compiler, is_dense = "flex", "torch", False
 
     def refuses(self, problem: Problem, bias: bool, backward: bool) -> str | None:
         """Maps whose block mask takes too long to make."""
@@ -375,7 +380,7 @@ def tiled_order(problem: Problem, tile: Sequence[int]) -> Tensor:
 class Gathered:
     """Windows gathered by indexing and two products in PyTorch's operators, compiled."""
 
-    name, compiles, is_dense = "gathered", True, False
+    name, compiler, is_dense = "gathered", "torch", False
 
     def refuses(self, problem: Problem, bias: bool, backward: bool) -> str | None:
         """Windows that take too much memory, in fp32."""
@@ -402,7 +407,7 @@ class _Packed(Autograd):
 class Natten:
     """NATTEN's fused kernels with their default tiles, where it is installed."""
 
-    name, compiles, is_dense = "natten", False, False
+    name, compiler, is_dense = "natten", None, False
 
     def refuses(self, problem: Problem, bias: bool, backward: bool) -> str | None:
         """Any bias."""
@@ -425,7 +430,7 @@ class Natten:
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in [
-        *map(Operator, ("fused", "gemm", "naive", "reference")),
+        *map(Operator, (*GENERATIONS, "reference")),
         FlexAttention(), DenseAttention("sdpa"), DenseAttention("dense"), Gathered(), Natten(),
     ]
 }  # fmt: skip

@@ -1,9 +1,11 @@
 import operator
+from functools import partial
 
 import pytest
 import torch
-from compiling import Ahead, Kernel, Operator, compile_operator
+from compiling import Ahead, Kernel, OperatorPass, parts_of
 from measuring import Deadline
+from peers import PROVIDERS
 from problem import Problem
 
 PROBLEM = Problem((9, 10), 2, 32, (3, 3), (1, 1), 4)
@@ -32,20 +34,28 @@ def hopper(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("backend", ["fused", "naive"])
 def test_kernels_are_compiled_without_a_gpu(hopper, backend, tmp_path):
-    kernels = compile_operator(Operator(backend, PROBLEM, "float16", True, False))
+    kernels = OperatorPass(backend, PROBLEM, "float16", True, False)()
     assert len(kernels) >= 2
     assert all(isinstance(kernel, Kernel) and kernel.warps >= 1 for kernel in kernels)
     assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels)
 
 
 def test_other_processes_work_ahead(capsys):
-    work = {"sum": (sum, [1, 2]), "bad": (operator.neg, "x")}
-    with Ahead(work) as ahead:
-        assert ahead.wait("sum", Deadline(100)) == 3
-        assert ahead.wait("bad", Deadline(100)) is None
-    assert "bad: TypeError" in capsys.readouterr().out
+    good, bad = partial(sum, [1, 2]), partial(operator.neg, "x")
+    with Ahead([good, bad]) as ahead:
+        assert ahead.wait(good, Deadline(100)) == 3
+        assert ahead.wait(bad, Deadline(100)) is None
+    assert "TypeError" in capsys.readouterr().out
 
 
 def test_waiting_ends_at_the_deadline():
-    with Ahead({"sum": (sum, [1])}) as ahead, pytest.raises(TimeoutError):
-        ahead.wait("sum", Deadline(0))
+    call = partial(sum, [1])
+    with Ahead([call]) as ahead, pytest.raises(TimeoutError):
+        ahead.wait(call, Deadline(0))
+
+
+def test_each_pass_of_our_kernels_is_a_part_and_a_peer_is_one():
+    parts = [
+        parts_of(PROVIDERS[name], PROBLEM, "float16", False) for name in ("fused", "flex", "dense")
+    ]
+    assert [len(found) for found in parts] == [2, 1, 0]

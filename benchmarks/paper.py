@@ -1,0 +1,242 @@
+"""The three generations of kernels against each other and dense attention, as in the paper.
+
+    PYTHONPATH=kernels python benchmarks/paper.py paper.json --commit COMMIT --limit-seconds 530
+    PYTHONPATH=kernels python benchmarks/paper.py paper.json --draw FOLDER
+
+Needs a GPU, PyTorch and Triton; the second command only draws. Runs go on where the last one ended,
+on any machine of the same kind, and measure nothing twice; the order is a random one, so that each
+part is a sample of the whole.
+
+The problems of problems/paper.json, without bias, in half and full precision (fp32 by IEEE, and
+with TF32 products). Each pass is checked against the reference backend in fp64 and timed in a CUDA
+graph, the median of replays with a cold L2 cache. dense is self-attention over the whole map by
+the fastest of PyTorch's cuDNN, FlashAttention and memory-efficient kernels, where it takes at most
+some 50 ms; its results are checked on small maps. flex (FlexAttention) and gathered (windows by
+indexing), both compiled, are measured on a tenth of the problems, in half precision.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import paper_tables
+import roofline
+import torch
+from compiling import Ahead, Kernel, Part, parts_of
+from measuring import (
+    Deadline,
+    Record,
+    Results,
+    copy_bandwidth,
+    describe_device,
+    product_rate,
+    today,
+)
+from peers import GENERATIONS, PROVIDERS, Provider, measure
+from problem import (
+    PRECISIONS,
+    Exact,
+    Problem,
+    Tensors,
+    load_problems,
+    random_tensors,
+    use_precision,
+)
+
+IDENTITY = "map", "heads", "head_dim", "kernel_size", "dilation", "batch", "precision"
+SLOW = "flex", "gathered"
+MARGIN = 10  # seconds that a problem may take
+SECONDS = 0.03  # of replays
+# Dense attention that takes longer than these FLOP is left out.
+DENSE_FLOPS = {"float16": 10**13, "bfloat16": 10**13, "float32": 5 * 10**11, "tf32": 5 * 10**11}
+CHECKED_TOKENS = 2048  # of dense attention
+
+
+def main() -> None:
+    """Measure what is missing; print the tables."""
+    arguments = parse(sys.argv[1:])
+    if arguments.draw:
+        result = json.loads(arguments.output.read_text())
+        print(tables(result))
+        plots(result, arguments.draw)
+        return
+    deadline = Deadline(arguments.limit_seconds)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        results = run(arguments, deadline)
+    print(tables(results.content | {"results": results.records}))
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--commit", help="of the code that is measured")
+    parser.add_argument("--precision", nargs="+", default=["float16", "float32", "tf32"],
+                        choices=PRECISIONS)  # fmt: skip
+    parser.add_argument("--dims", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--limit-seconds", type=float, default=530)
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="measure nothing")
+    arguments = parser.parse_args(words)
+    if arguments.commit is None and arguments.draw is None:
+        parser.error("--commit is required")
+    return arguments
+
+
+def run(arguments: argparse.Namespace, deadline: Deadline) -> Results:
+    """Measure until all is done or the time is over."""
+    description = describe_device() | {
+        "commit": arguments.commit,
+        "date": today(),
+        "method": " ".join(__doc__.split("\n\n")[-1].split()),
+    }
+    results = Results(arguments.output, description, IDENTITY)
+    work = list(missing(arguments, results))
+    with Ahead(part for item in work for part in item.parts) as compiled:
+        results.content["ceilings"] = ceilings()
+        for number, item in enumerate(work):
+            if deadline.left < MARGIN:
+                print(f"time is over, {len(work) - number} measurements left: run this again")
+                break
+            try:
+                kernels = {part: compiled.wait(part, deadline) for part in item.parts}
+            except TimeoutError:
+                continue
+            count_kernels(results.content, kernels)
+            try:
+                results.add(item.record | measure_all(item))
+            except RuntimeError as error:  # the next run shall not meet it again
+                results.add(item.record | {"providers": {}, "failures": {"GPU": str(error)[:200]}})
+                raise
+            print(line(results.find(item.record)), flush=True)
+    return results
+
+
+class Work(NamedTuple):
+    """A problem in a precision."""
+
+    problem: Problem
+    precision: str
+    providers: list[Provider]
+
+    @property
+    def record(self) -> Record:
+        """What identifies it."""
+        return self.problem.record | {"precision": self.precision}
+
+    @property
+    def parts(self) -> list[Part]:
+        """What other processes compile."""
+        what = self.problem, self.precision, False
+        return [part for provider in self.providers for part in parts_of(provider, *what)]
+
+
+def missing(arguments: argparse.Namespace, results: Results) -> list[Work]:
+    """What is not measured yet, in an order that is random and always the same."""
+    work = [
+        Work(problem, precision, providers_of(entry, problem, precision))
+        for entry in load_problems("paper")
+        for precision in ("float16", "float32", "tf32")
+        if (problem := Problem.of(entry))
+    ]
+    Random(0).shuffle(work)
+    return [
+        item
+        for item in work
+        if item.precision in arguments.precision
+        and item.problem.dims in arguments.dims
+        and results.find(item.record) is None
+    ]
+
+
+def providers_of(entry: Record, problem: Problem, precision: str) -> list[Provider]:
+    """What is measured on a problem."""
+    names = list(GENERATIONS)
+    if 4 * problem.elements * problem.tokens <= DENSE_FLOPS[precision]:
+        names.append("dense")
+    if entry["slow"] and precision == "float16":
+        names.extend(SLOW)
+    return [PROVIDERS[name] for name in names]
+
+
+def ceilings() -> Record:
+    """Bytes a second of a copy, FLOP a second of a large product in each precision."""
+    rates = {p: product_rate(use_precision(p)) for p in ("float16", "float32", "tf32")}
+    return {"bandwidth": copy_bandwidth(), **rates}
+
+
+def measure_all(item: Work) -> Record:
+    """Times in microseconds of all providers, the largest errors, and what failed."""
+    problem, precision = item.problem, item.precision
+    tolerance = 4 * PRECISIONS[precision][2]  # long sums; unfused weights are rounded
+    tensors = random_tensors(problem, use_precision(precision), False)
+    exact = Exact(problem, tensors, tolerance)
+    times: Record = {}
+    record: Record = {"providers": times, "errors": {}, "failures": {}}
+    for provider in item.providers:
+        check = exact_dense(problem, tensors, tolerance) if provider.is_dense else exact
+        found = measure(provider, problem, tensors, check, SECONDS)
+        failures = found.pop("failures")
+        if not found or provider.compiler:  # ways of PyTorch's that do not exist are no failures
+            record["failures"] |= {f"{provider.name} {k}": v for k, v in failures.items()}
+        times[provider.name] = {}
+        for name, entry in found.items():
+            times[provider.name] |= {
+                f"{name}_us": entry["us"], f"{name}_range_us": entry["range"],
+                f"{name}_way": entry["way"],
+            }  # fmt: skip
+            record["errors"][f"{provider.name} {name}"] = max(entry["errors"].values(), default=0)
+        if provider.compiler == "torch":
+            torch._dynamo.reset()
+    return record
+
+
+def exact_dense(problem: Problem, tensors: Tensors, tolerance: float) -> Exact:
+    """Of attention to the whole map; of a large one nothing is checked."""
+    whole = replace(problem, kernel_size=problem.map, dilation=(1,) * problem.dims)
+    return (Exact if problem.tokens <= CHECKED_TOKENS else Unchecked)(whole, tensors, tolerance)
+
+
+class Unchecked(Exact):
+    """Compares nothing."""
+
+    def errors(self, results: dict[str, torch.Tensor]) -> dict[str, float]:
+        """None."""
+        return {}
+
+
+def count_kernels(content: Record, compiled: dict[Part, list[Kernel] | None]) -> None:
+    """Add what the compiler said to `kernels`: how often each variant came."""
+    names = "backend", "precision", "dims", *Kernel._fields
+    counts = {tuple(k[n] for n in names): k["count"] for k in content.get("kernels", [])}
+    for part, kernels in compiled.items():
+        for kernel in kernels or ():
+            key = (part[0], part.precision, part.problem.dims, *kernel)
+            counts[key] = counts.get(key, 0) + 1
+    content["kernels"] = [dict(zip(names, k, strict=True), count=c) for k, c in counts.items()]
+
+
+def line(record: Record) -> str:
+    """A measurement in short."""
+    words = [f"{Problem.of(record)} {record['precision']}"]
+    for name, times in record["providers"].items():
+        words.append(f"{name} {times.get('forward_us', 0):.0f} {times.get('backward_us', 0):.0f}")
+    failures = "; ".join(f"{k}: {v}" for k, v in record["failures"].items())
+    return " | ".join(words) + (f" | {failures[:300]}" if failures else "")
+
+
+def tables(result: Record) -> str:
+    """All of it in Markdown."""
+    return f"{paper_tables.tables(result)}\n\n{roofline.tables(result)}"
+
+
+def plots(result: Record, folder: Path) -> list[Path]:
+    """The improvements and the roofline; the files."""
+    return [*paper_tables.plots(result, folder), *roofline.plots(result, folder)]
+
+
+if __name__ == "__main__":
+    main()

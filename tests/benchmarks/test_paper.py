@@ -1,0 +1,135 @@
+import json
+
+import paper
+import paper_tables
+import peers
+import pytest
+from compiling import Kernel, OperatorPass
+from measuring import Deadline
+from problem import Problem, load_problems
+
+PROBLEMS = load_problems("paper")
+SMALL = [
+    {"map": [12], "heads": 2, "head_dim": 8, "kernel_size": [3], "dilation": [2], "batch": 2},
+    {"map": [6, 5], "heads": 1, "head_dim": 8, "kernel_size": [3, 5], "dilation": [2, 1],
+     "batch": 3},
+    {"map": [3, 4, 4], "heads": 1, "head_dim": 8, "kernel_size": [2, 3, 3],
+     "dilation": [1, 1, 1], "batch": 1},
+]  # fmt: skip
+
+
+class OnReference(peers.Operator):
+    """Has a name of a GPU's backend."""
+
+    def prepare(self, problem, tensors):
+        yield peers._OperatorCall("reference", problem, tensors)
+
+
+@pytest.fixture
+def measure(on_cpu, monkeypatch, tmp_path):
+    on_cpu("paper")
+    monkeypatch.setattr(paper, "load_problems", lambda _: [p | {"slow": False} for p in SMALL])
+    for name in peers.GENERATIONS:
+        provider = OnReference(name)
+        provider.compiler = None
+        monkeypatch.setitem(peers.PROVIDERS, name, provider)
+
+    def run(*words, commit="a", seconds=1000):
+        arguments = paper.parse([str(tmp_path / "r.json"), "--commit", commit, *words])
+        return paper.run(arguments, Deadline(seconds))
+
+    return run
+
+
+def test_there_are_some_hundred_problems_of_each_dimension():
+    problems = [Problem.of(entry) for entry in PROBLEMS]
+    assert len(set(problems)) == len(problems)
+    for dims in (1, 2, 3):
+        chosen = [e for e, p in zip(PROBLEMS, problems, strict=True) if p.dims == dims]
+        assert len(chosen) >= 200
+        assert sum(entry["slow"] for entry in chosen) == 10
+    assert all(
+        k * d <= n
+        for p in problems
+        for n, k, d in zip(p.map, p.kernel_size, p.dilation, strict=True)
+    )
+
+
+def test_a_first_part_is_a_balanced_sample(monkeypatch, tmp_path):
+    arguments = paper.parse([str(tmp_path / "r.json"), "--commit", "a"])
+
+    class Nothing:
+        def find(self, _):
+            return None
+
+    work = paper.missing(arguments, Nothing())
+    assert len(work) == 3 * len(PROBLEMS)
+    first = [(item.problem.dims, item.precision) for item in work[:270]]
+    counts = [first.count((d, p)) for d in (1, 2, 3) for p in ("float16", "float32", "tf32")]
+    assert min(counts) >= 15
+    assert work == paper.missing(arguments, Nothing())
+
+
+def test_all_providers_are_measured_once(measure, tmp_path):
+    first = measure("--precision", "float32")
+    assert len(first.records) == 3
+    for record in first.records:
+        assert set(record["providers"]) == {"naive", "gemm", "fused", "dense"}
+        assert record["providers"]["fused"]["backward_us"] == 20
+        assert record["providers"]["dense"]["forward_way"] == "flash"
+        assert not record["failures"]
+        assert max(record["errors"].values()) < 1e-5
+    second = measure("--precision", "float32", "float16", commit="b")
+    assert [r["commit"] for r in second.records] == ["a"] * 3 + ["b"] * 3
+
+
+def test_nothing_starts_after_the_limit(measure):
+    assert measure(seconds=1).records == []
+
+
+def test_a_kernel_that_came_again_is_counted():
+    work = OperatorPass("fused", Problem.of(SMALL[0]), "float16", False, False)
+    content = {}
+    kernel = Kernel("_forward", 4, 1024, 100, 0)
+    paper.count_kernels(content, {work: [kernel, kernel]})
+    paper.count_kernels(content, {work: [kernel], work._replace(backward=True): None})
+    (entry,) = content["kernels"]
+    assert entry["count"] == 3
+    assert (entry["backend"], entry["dims"], entry["registers"]) == ("fused", 1, 100)
+
+
+def test_tables_and_pictures_come_from_the_file_alone(measure, tmp_path):
+    measure("--precision", "float32", "float16")
+    result = json.loads((tmp_path / "r.json").read_text())
+    kernel = {"warps": 4, "shared_memory": 2048, "registers": 128, "spills": 0, "count": 2}
+    result["kernels"] = [
+        kernel | {"backend": "fused", "precision": "float32", "dims": 1, "name": "_forward"}
+    ]
+    text = paper.tables(result)
+    assert "| forward and backward | float32 | 3-D | 1 | 0 % (0, 0) |" in text
+    assert "Fused is slower in 0 cases" in text
+    assert "| fused | float32 | _forward | 128 | 2.0 | 0% | 25% | 25% |" in text
+    files = paper.plots(result, tmp_path)
+    assert all(file.stat().st_size > 10_000 for file in files)
+
+
+def record(**times):
+    providers = {name: {"forward_us": f, "backward_us": b} for name, (f, b) in times.items()}
+    return SMALL[0] | {"precision": "float16", "providers": providers, "failures": {}}
+
+
+def test_improvements_are_those_of_the_definition():
+    records = [record(naive=(30, 30), fused=(10, 20)), record(naive=(10, 10), fused=(20, 20))]
+    assert paper_tables.improvements(records, "fused", "naive", "forward") == [200, -50]
+    both = paper_tables.improvements(records, "fused", "naive", "forward and backward")
+    assert both == [100, -50]
+    assert paper_tables.matched(records, "fused", "naive", "forward") == "50.0%"
+    assert paper_tables.summary(records, "fused", "naive", "forward") == "75 % (-50, 200)"
+    assert paper_tables.summary(records, "fused", "flex", "forward") == "-"
+
+
+def test_a_slower_fused_kernel_is_named():
+    result = {"results": [record(naive=(10, 20), fused=(20, 1)), record(naive=(9, 9))]}
+    text = paper_tables.slower(result)
+    assert "in 1 cases" in text
+    assert "| 12-k3-d2-h2-D8-B2 | float16 | forward | naive | 20 | 10 | 2.00 |" in text
