@@ -73,8 +73,7 @@ class Candidate:
             self.step = steps.create_step(model, images, self.case)
 
             start = perf_counter()
-            self.step()
-            synchronize(self.device)
+            self.call_first(self.step)
             self.record["first_call_seconds"] = perf_counter() - start
             if self.device.type == "cuda":  # the first call's tuning is not the model's memory
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -83,6 +82,11 @@ class Candidate:
             if self.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(self.device) - before
                 self.record["peak_memory_mib"] = peak / MIB
+
+    def call_first(self, step: steps.Step) -> None:
+        """The call in which all is compiled."""
+        step()
+        synchronize(self.device)
 
     def time_round(self) -> None:
         """Time the calls of one turn: in a row, then some of them one by one."""

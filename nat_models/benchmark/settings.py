@@ -105,7 +105,7 @@ class Settings:
 
 def attention_backend(name: str, wanted: str | None, device: str) -> str | None:
     """The backend that a model runs: the wanted one, or its device's; None for other models."""
-    if name not in nat_models.list_models():
+    if name.partition(".")[0] not in nat_models.list_models():
         return None
     return wanted or resolve_backend(torch.device(device).type)
 
