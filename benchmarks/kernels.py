@@ -17,139 +17,82 @@ counts.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import peers
+import study
 import torch
-from compiling import Ahead, Part, parts_of
-from measuring import (
-    Deadline,
-    Record,
-    Results,
-    copy_bandwidth,
-    describe_device,
-    markdown_table,
-    today,
-)
-from peers import GENERATIONS, PROVIDERS, Provider, measure
-from problem import (
-    PRECISIONS,
-    Exact,
-    Problem,
-    Tensors,
-    load_problems,
-    random_tensors,
-    use_precision,
-)
+from compiling import Part, parts_of
+from measuring import Record, Results, copy_bandwidth, markdown_table
+from peers import GENERATIONS, PROVIDERS, Provider
+from problem import PRECISIONS, Exact, Problem, load_problems, random_tensors, use_precision
 
 IDENTITY = "map", "heads", "head_dim", "kernel_size", "dilation", "batch", "dtype", "provider"
 MARGIN = 20  # seconds that a problem may take
 
 
-def main() -> None:
-    """Measure what is missing; print the table."""
-    arguments = parse(sys.argv[1:])
-    if arguments.draw:
-        result = json.loads(arguments.output.read_text())
-        print(tables(result))
-        plots(result, arguments.draw)
-        return
-    deadline = Deadline(arguments.limit_seconds)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        results = run(arguments, deadline)
-    print(tables(results.content | {"results": results.records}))
-    wrong = [r for r in results.records if r["provider"] in GENERATIONS and r["failures"]]
-    sys.exit("\n".join(f"failed: {r}" for r in wrong))
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--commit", help="of the code that is measured")
-    parser.add_argument("--only", nargs="+", help="main, or parts of names such as 56x56-k7")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PART",
+                        help="main, or parts of names such as 56x56-k7")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=PRECISIONS)
     parser.add_argument("--providers", nargs="+", default=["fused"], choices=PROVIDERS)
-    parser.add_argument("--limit-seconds", type=float, default=530)
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="measure nothing")
-    arguments = parser.parse_args(words)
-    if arguments.commit is None and arguments.draw is None:
-        parser.error("--commit is required")
-    return arguments
 
 
-def run(arguments: argparse.Namespace, deadline: Deadline) -> Results:
-    """Measure until all is done or the time is over."""
-    description = describe_device() | {
-        "commit": arguments.commit,
-        "date": today(),
-        "method": " ".join(__doc__.split("\n\n")[-1].split()),
-    }
-    results = Results(arguments.output, description, IDENTITY)
-    work = list(missing(arguments, results))
-    with Ahead(part for item in work for part in parts(item)) as compiled:
-        bandwidth = copy_bandwidth()
-        results.content["copy_bandwidth_tb_s"] = bandwidth / 1e12
-        for number, (record, problem, provider) in enumerate(work):
-            if deadline.left < MARGIN:
-                print(f"time is over, {len(work) - number} measurements left: run this again")
-                break
-            try:
-                for part in parts(work[number]):
-                    compiled.wait(part, deadline)
-            except TimeoutError:
-                continue
-            record |= floors(problem, record["dtype"], bandwidth)
-            try:
-                results.add(record | measure_passes(problem, provider, record["dtype"]))
-            except RuntimeError as error:  # the next run shall not meet it again
-                results.add(record | {"failures": {"GPU": str(error)[:200]}})
-                raise
-            print(line(results.find(record)), flush=True)
-    return results
+def begin(results: Results) -> None:
+    """Measure the bandwidth."""
+    results.content["copy_bandwidth_tb_s"] = copy_bandwidth() / 1e12
 
 
-Work = tuple[Record, Problem, Provider]
+class Work(NamedTuple):
+    """A provider on a layer."""
+
+    problem: Problem
+    is_main: bool
+    dtype: str
+    provider: Provider
+
+    @property
+    def record(self) -> Record:
+        """What identifies it; windows are square."""
+        record = self.problem.record | {"dtype": self.dtype, "provider": self.provider.name}
+        for name in ("kernel_size", "dilation"):
+            record[name] = record[name][0]
+        return record | {"main": self.is_main}
+
+    @property
+    def parts(self) -> list[Part]:
+        """What other processes compile."""
+        what = self.provider, self.problem, self.dtype
+        return [part for bias in (True, False) for part in parts_of(*what, bias)]
 
 
 def missing(arguments: argparse.Namespace, results: Results) -> Iterator[Work]:
     """What is not measured yet, in order."""
     for entry in load_problems("zoo"):
-        problem = Problem.of(entry)
-        chosen = arguments.only or [""]
-        if not any(part in str(problem) or (part == "main" and entry["main"]) for part in chosen):
-            continue
-        for dtype in arguments.dtype:
+        problem, is_main = Problem.of(entry), entry["main"]
+        chosen = any(p in str(problem) or (p == "main" and is_main) for p in arguments.only)
+        for dtype in arguments.dtype if chosen else ():
             for name in arguments.providers:
-                record = record_of(problem, dtype, name) | {"main": entry["main"]}
-                before = results.find(record)
-                again = before and name in GENERATIONS and before["commit"] != arguments.commit
-                if before is None or again:
-                    yield record, problem, PROVIDERS[name]
+                work = Work(problem, is_main, dtype, PROVIDERS[name])
+                before = results.find(work.record)
+                is_old = before and name in GENERATIONS and before["commit"] != arguments.commit
+                if before is None or is_old:
+                    yield work
 
 
-def record_of(problem: Problem, dtype: str, provider: str) -> Record:
-    """What identifies a measurement."""
-    square = {"kernel_size": problem.kernel_size[0], "dilation": problem.dilation[0]}
-    return problem.record | square | {"dtype": dtype, "provider": provider}
-
-
-def parts(work: Work) -> list[Part]:
-    """What other processes compile."""
-    record, problem, provider = work
-    return [p for bias in (True, False) for p in parts_of(provider, problem, record["dtype"], bias)]
-
-
-def measure_passes(problem: Problem, provider: Provider, precision: str) -> Record:
+def measure(work: Work, results: Results, _: Any) -> Record:
     """Times in microseconds, where they could be taken; why others could not."""
-    dtype, tolerance = use_precision(precision), PRECISIONS[precision][2]
-    with_bias = random_tensors(problem, dtype, True)
+    problem, provider, dtype = work.problem, work.provider, work.dtype
+    # Others may round weights and the bias.
+    tolerance = PRECISIONS[dtype][2] * (1 if provider.name == "fused" else 4)
+    with_bias = random_tensors(problem, use_precision(dtype), True)
     record: Record = {"failures": {}, "ways": {}, "ranges_us": {}}
     for suffix, tensors in (("", with_bias), ("_without_rpb", with_bias._replace(rpb=None))):
-        found = measure_bias(provider, problem, tensors, tolerance)
+        found = peers.measure(provider, problem, tensors, Exact(problem, tensors, tolerance))
         record["failures"] |= {f"{k}{suffix}": v for k, v in found.pop("failures").items()}
         for name, entry in found.items():
             record[f"{name}{suffix}_us"] = entry["us"]
@@ -160,15 +103,7 @@ def measure_passes(problem: Problem, provider: Provider, precision: str) -> Reco
     if provider.compiler == "torch":
         torch._dynamo.reset()
     torch.cuda.empty_cache()
-    return record
-
-
-def measure_bias(
-    provider: Provider, problem: Problem, tensors: Tensors, tolerance: float
-) -> Record:
-    """With the bias that the tensors have, or without."""
-    slack = 1 if provider.name == "fused" else 4  # others may round weights and the bias
-    return measure(provider, problem, tensors, Exact(problem, tensors, slack * tolerance))
+    return record | floors(problem, dtype, results.content["copy_bandwidth_tb_s"] * 1e12)
 
 
 def floors(problem: Problem, precision: str, bandwidth: float) -> Record:
@@ -281,4 +216,6 @@ def draw_bars(axes: Any, records: list[Record], name: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    found = study.main(sys.modules[__name__])
+    wrong = [r for r in (found.records if found else ()) if r["failures"]]
+    sys.exit("\n".join(f"failed: {r}" for r in wrong if r["provider"] in GENERATIONS))

@@ -16,7 +16,6 @@ indexing), both compiled, are measured on a tenth of the problems, in half preci
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,19 +23,13 @@ from random import Random
 from typing import NamedTuple
 
 import paper_tables
+import peers
 import roofline
+import study
 import torch
-from compiling import Ahead, Kernel, Part, parts_of
-from measuring import (
-    Deadline,
-    Record,
-    Results,
-    copy_bandwidth,
-    describe_device,
-    product_rate,
-    today,
-)
-from peers import GENERATIONS, PROVIDERS, Provider, measure
+from compiling import Kernel, Part, parts_of
+from measuring import Record, Results, copy_bandwidth, product_rate
+from peers import GENERATIONS, PROVIDERS, Provider
 from problem import (
     PRECISIONS,
     Exact,
@@ -50,69 +43,23 @@ from problem import (
 IDENTITY = "map", "heads", "head_dim", "kernel_size", "dilation", "batch", "precision"
 SLOW = "flex", "gathered"
 MARGIN = 10  # seconds that a problem may take
+MEASURED = ["float16", "float32", "tf32"]
 SECONDS = 0.03  # of replays
 # Dense attention that takes longer than these FLOP is left out.
-DENSE_FLOPS = {"float16": 10**13, "bfloat16": 10**13, "float32": 5 * 10**11, "tf32": 5 * 10**11}
+DENSE_FLOPS = {"float16": 10**13, "float32": 5 * 10**11, "tf32": 5 * 10**11}
 CHECKED_TOKENS = 2048  # of dense attention
 
 
-def main() -> None:
-    """Measure what is missing; print the tables."""
-    arguments = parse(sys.argv[1:])
-    if arguments.draw:
-        result = json.loads(arguments.output.read_text())
-        print(tables(result))
-        plots(result, arguments.draw)
-        return
-    deadline = Deadline(arguments.limit_seconds)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        results = run(arguments, deadline)
-    print(tables(results.content | {"results": results.records}))
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--commit", help="of the code that is measured")
-    parser.add_argument("--precision", nargs="+", default=["float16", "float32", "tf32"],
-                        choices=PRECISIONS)  # fmt: skip
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument("--precision", nargs="+", default=MEASURED, choices=MEASURED)
     parser.add_argument("--dims", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--limit-seconds", type=float, default=530)
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="measure nothing")
-    arguments = parser.parse_args(words)
-    if arguments.commit is None and arguments.draw is None:
-        parser.error("--commit is required")
-    return arguments
 
 
-def run(arguments: argparse.Namespace, deadline: Deadline) -> Results:
-    """Measure until all is done or the time is over."""
-    description = describe_device() | {
-        "commit": arguments.commit,
-        "date": today(),
-        "method": " ".join(__doc__.split("\n\n")[-1].split()),
-    }
-    results = Results(arguments.output, description, IDENTITY)
-    work = list(missing(arguments, results))
-    with Ahead(part for item in work for part in item.parts) as compiled:
-        results.content["ceilings"] = ceilings()
-        for number, item in enumerate(work):
-            if deadline.left < MARGIN:
-                print(f"time is over, {len(work) - number} measurements left: run this again")
-                break
-            try:
-                kernels = {part: compiled.wait(part, deadline) for part in item.parts}
-            except TimeoutError:
-                continue
-            count_kernels(results.content, kernels)
-            try:
-                results.add(item.record | measure_all(item))
-            except RuntimeError as error:  # the next run shall not meet it again
-                results.add(item.record | {"providers": {}, "failures": {"GPU": str(error)[:200]}})
-                raise
-            print(line(results.find(item.record)), flush=True)
-    return results
+def begin(results: Results) -> None:
+    """Bytes a second of a copy, FLOP a second of a large product in each precision."""
+    rates = {precision: product_rate(use_precision(precision)) for precision in MEASURED}
+    results.content["ceilings"] = {"bandwidth": copy_bandwidth(), **rates}
 
 
 class Work(NamedTuple):
@@ -139,7 +86,7 @@ def missing(arguments: argparse.Namespace, results: Results) -> list[Work]:
     work = [
         Work(problem, precision, providers_of(entry, problem, precision))
         for entry in load_problems("paper")
-        for precision in ("float16", "float32", "tf32")
+        for precision in MEASURED
         if (problem := Problem.of(entry))
     ]
     Random(0).shuffle(work)
@@ -162,23 +109,18 @@ def providers_of(entry: Record, problem: Problem, precision: str) -> list[Provid
     return [PROVIDERS[name] for name in names]
 
 
-def ceilings() -> Record:
-    """Bytes a second of a copy, FLOP a second of a large product in each precision."""
-    rates = {p: product_rate(use_precision(p)) for p in ("float16", "float32", "tf32")}
-    return {"bandwidth": copy_bandwidth(), **rates}
-
-
-def measure_all(item: Work) -> Record:
+def measure(work: Work, results: Results, compiled: dict[Part, list[Kernel] | None]) -> Record:
     """Times in microseconds of all providers, the largest errors, and what failed."""
-    problem, precision = item.problem, item.precision
+    count_kernels(results.content, compiled)
+    problem, precision = work.problem, work.precision
     tolerance = 4 * PRECISIONS[precision][2]  # long sums; unfused weights are rounded
     tensors = random_tensors(problem, use_precision(precision), False)
     exact = Exact(problem, tensors, tolerance)
     times: Record = {}
     record: Record = {"providers": times, "errors": {}, "failures": {}}
-    for provider in item.providers:
+    for provider in work.providers:
         check = exact_dense(problem, tensors, tolerance) if provider.is_dense else exact
-        found = measure(provider, problem, tensors, check, SECONDS)
+        found = peers.measure(provider, problem, tensors, check, SECONDS)
         failures = found.pop("failures")
         if not found or provider.compiler:  # ways of PyTorch's that do not exist are no failures
             record["failures"] |= {f"{provider.name} {k}": v for k, v in failures.items()}
@@ -222,7 +164,7 @@ def count_kernels(content: Record, compiled: dict[Part, list[Kernel] | None]) ->
 def line(record: Record) -> str:
     """A measurement in short."""
     words = [f"{Problem.of(record)} {record['precision']}"]
-    for name, times in record["providers"].items():
+    for name, times in record.get("providers", {}).items():
         words.append(f"{name} {times.get('forward_us', 0):.0f} {times.get('backward_us', 0):.0f}")
     failures = "; ".join(f"{k}: {v}" for k, v in record["failures"].items())
     return " | ".join(words) + (f" | {failures[:300]}" if failures else "")
@@ -239,4 +181,4 @@ def plots(result: Record, folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    study.main(sys.modules[__name__])

@@ -29,7 +29,7 @@ PROVIDERS = *GENERATIONS, "dense", "flex", "gathered"
 
 def time_of(record: Record, provider: str, name: str) -> float | None:
     """Microseconds of a pass, or of both."""
-    times = record["providers"].get(provider, {})
+    times = record.get("providers", {}).get(provider, {})
     parts = [times.get(f"{part}_us") for part in name.split(" and ")]
     return None if None in parts else sum(parts)
 

@@ -56,7 +56,7 @@ def occupancy(kernel: Record, multiprocessor: Record) -> float:
 
 def passes(record: Record, provider: str) -> Iterator[tuple[bool, float]]:
     """Whether backward, and the time in microseconds, of what was measured."""
-    times = record["providers"].get(provider, {})
+    times = record.get("providers", {}).get(provider, {})
     for name in ("forward", "backward"):
         if f"{name}_us" in times:
             yield name == "backward", times[f"{name}_us"]

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from measuring import Deadline
 from problem import Problem, load_problems
 
 import kernels
@@ -16,15 +15,9 @@ SMALL = [
 
 
 @pytest.fixture
-def measure(on_cpu, monkeypatch, tmp_path):
-    on_cpu("kernels")
+def measure(on_cpu, monkeypatch):
     monkeypatch.setattr(kernels, "load_problems", lambda _: SMALL)
-
-    def run(*words, commit="a", seconds=1000):
-        arguments = kernels.parse([str(tmp_path / "r.json"), "--commit", commit, *words])
-        return kernels.run(arguments, Deadline(seconds))
-
-    return run
+    return on_cpu(kernels)
 
 
 def test_the_zoo_has_44_shapes_and_7_of_them_are_main():

@@ -4,8 +4,8 @@ import paper
 import paper_tables
 import peers
 import pytest
+import study
 from compiling import Kernel, OperatorPass
-from measuring import Deadline
 from problem import Problem, load_problems
 
 PROBLEMS = load_problems("paper")
@@ -26,19 +26,13 @@ class OnReference(peers.Operator):
 
 
 @pytest.fixture
-def measure(on_cpu, monkeypatch, tmp_path):
-    on_cpu("paper")
+def measure(on_cpu, monkeypatch):
     monkeypatch.setattr(paper, "load_problems", lambda _: [p | {"slow": False} for p in SMALL])
     for name in peers.GENERATIONS:
         provider = OnReference(name)
         provider.compiler = None
         monkeypatch.setitem(peers.PROVIDERS, name, provider)
-
-    def run(*words, commit="a", seconds=1000):
-        arguments = paper.parse([str(tmp_path / "r.json"), "--commit", commit, *words])
-        return paper.run(arguments, Deadline(seconds))
-
-    return run
+    return on_cpu(paper)
 
 
 def test_there_are_some_hundred_problems_of_each_dimension():
@@ -55,8 +49,8 @@ def test_there_are_some_hundred_problems_of_each_dimension():
     )
 
 
-def test_a_first_part_is_a_balanced_sample(monkeypatch, tmp_path):
-    arguments = paper.parse([str(tmp_path / "r.json"), "--commit", "a"])
+def test_a_first_part_is_a_balanced_sample():
+    arguments = study.parse(paper, ["r.json", "--commit", "a"])
 
     class Nothing:
         def find(self, _):

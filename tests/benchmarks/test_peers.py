@@ -49,7 +49,7 @@ def test_tiles_lie_in_one_dilation_group():
 
 
 def test_dense_attention_is_a_window_as_large_as_the_map(on_cpu):
-    on_cpu("peers")
+    on_cpu(peers)
     problem = Problem((5, 6), 2, 16, (3, 3), (1, 1), 2)
     whole = Problem((5, 6), 2, 16, (5, 6), (1, 1), 2)
     tensors = random_tensors(problem, torch.float32, False, "cpu")
