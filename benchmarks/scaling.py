@@ -1,0 +1,503 @@
+"""How training scales over the GPUs of one host, by the project's own engine.
+
+    PYTHONPATH=.:kernels python benchmarks/scaling.py OUTPUT.json [--gpus 1 2] [--set KEY=VALUE ...]
+
+throughput  weak scaling: images a second of DDP and FSDP2 against one GPU, on random images that
+            lie on the device; bf16, compiled, the recipe's optimizer and clipping
+loss        50 steps on scikit-learn's digits with one global batch, no drop path, no augmentation,
+            no mixup: one GPU, one GPU in as many micro-batches as there are GPUs (which differs by
+            the order of additions alone), DDP, FSDP2; in fp32 without TF32, and in bf16
+resume      FSDP2 told to stop after 30 steps, continued on two GPUs (two GPUs: on one)
+
+--set gives values of configs/train.yaml to every run. What OUTPUT.json holds already is not
+measured again, so that a script that was stopped goes on. Without a GPU the processes run on the
+CPU (gloo). It needs the project's dependencies and scikit-learn.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from nat_models.cli import config_dir
+from nat_models.engine import run
+from nat_models.engine.console import set_up_logging
+from nat_models.engine.setup import make_trainer, plain, set_up_torch
+
+Record = dict[str, Any]
+PARTS = ("throughput", "loss", "resume")
+STRATEGIES = ("ddp", "fsdp2")
+EPOCHS = 5  # of the losses; a run to be resumed is told to stop after three
+COMMON = ["logger=none", "callbacks.progress=null", "callbacks.learning_rate=null"]
+COMMON += ["trainer.num_nodes=1", "scheduler.cooldown_epochs=0"]
+
+
+def main() -> int:
+    """Measure what is missing, write OUTPUT.json and OUTPUT.png, print the table."""
+    arguments = parse()
+    output: Path = arguments.output
+    report = json.loads(output.read_text()) if output.exists() else {"results": []}
+    done = [condition(record) for record in report["results"]]
+    wanted = [each for each in conditions(arguments) if each not in done]
+    start, longest, failed = time.monotonic(), 0.0, 0
+    for number, each in enumerate(wanted):
+        left = arguments.limit_seconds - (time.monotonic() - start)
+        if left < longest:
+            print(f"no time for {len(wanted) - number} of {len(wanted)}; start again to go on")
+            break
+        print(json.dumps(each), flush=True)
+        begin = time.monotonic()
+        try:
+            result = measure(each, arguments, left)
+        except RuntimeError as error:  # the others may still run
+            print(f"failed: {error}", flush=True)
+            failed += 1
+            continue
+        longest = max(longest, time.monotonic() - begin)
+        report |= {"commit": arguments.commit, **result.pop("machine")}
+        report["results"].append({**each, **result})
+        output.write_text(json.dumps(report, indent=1) + "\n")
+    if report["results"]:
+        print(table(report))
+        plot(report).savefig(output.with_suffix(".png"))
+    return int(failed > 0)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count = torch.cuda.device_count()
+    parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[n for n in (1, 2, 4, 8, 16) if n <= max(count, 1)]
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", default=["nat_tiny", "dinat_base"])
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
+    parser.add_argument("--precisions", nargs="+", default=["32-true", "bf16-mixed"])
+    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--batch", type=int, default=128, help="images a GPU, of throughput")
+    parser.add_argument("--global-batch", type=int, default=128, help="images a step, of loss")
+    parser.add_argument("--steps", type=int, default=50, help="of loss; a multiple of 5")
+    parser.add_argument("--rounds", type=int, default=5, help="of throughput, after one to warm up")
+    parser.add_argument("--round-steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=2, help="turns of the throughput")
+    parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--limit-seconds", type=float, default=float("inf"))
+    parser.add_argument("--commit", help="of the code that is measured")
+    arguments = parser.parse_args()
+    for gpus in arguments.gpus:
+        if gpus > max(count, 1) and count:
+            parser.error(f"--gpus {gpus}: this machine has {count}")
+        if arguments.global_batch % gpus:
+            parser.error(f"--global-batch {arguments.global_batch}: expected a multiple of {gpus}")
+    return arguments
+
+
+def conditions(arguments: argparse.Namespace) -> list[Record]:
+    """All that is asked for, in the order of the work."""
+    several = [gpus for gpus in arguments.gpus if gpus > 1]
+    wanted: list[Record] = []
+    if "throughput" in arguments.parts:
+        ways = [(1, "auto"), *((n, strategy) for n in several for strategy in arguments.strategies)]
+        wanted += [
+            {"part": "throughput", "model": model, "gpus": n, "strategy": strategy, "turn": turn}
+            for turn in range(arguments.repeats)
+            for model in arguments.models
+            for n, strategy in ways
+        ]
+    if {"loss", "resume"} & set(arguments.parts):  # a resumed run is compared with a whole one
+        ways = [(1, "auto", 1), *((1, "auto", n) for n in several)]
+        ways += [(n, strategy, 1) for n in several for strategy in arguments.strategies]
+        wanted += [
+            {"part": "loss", "gpus": n, "strategy": strategy, "micro_batches": micro}
+            | {"precision": precision}
+            for precision in arguments.precisions
+            for n, strategy, micro in ways
+        ]
+    if "resume" in arguments.parts:
+        wanted += [{"part": "resume", "gpus": n, "onto": 2 if n > 2 else 1} for n in several]
+    return wanted
+
+
+def condition(record: Record) -> Record:
+    """What was asked for, of a record of what was measured."""
+    keys = ("part", "model", "gpus", "strategy", "turn", "micro_batches", "precision", "onto")
+    return {key: record[key] for key in keys if key in record}
+
+
+def measure(each: Record, arguments: argparse.Namespace, seconds: float) -> Record:
+    """Run one condition.
+
+    Raises:
+        RuntimeError: A process failed, or they took more than so many seconds.
+    """
+    folder = Path(tempfile.mkdtemp())
+    settings = {**vars(arguments), "folder": str(folder)}
+    try:
+        if each["part"] == "throughput":
+            return launch(time_steps, each, settings, each["gpus"], seconds)
+        if each["part"] == "loss":
+            return launch(note_losses, each, settings, each["gpus"], seconds)
+        half = {**each, "strategy": "fsdp2", "micro_batches": 1, "precision": "32-true"}
+        first = launch(note_losses, half, settings, each["gpus"], seconds)
+        rest = {**half, "gpus": each["onto"], "strategy": "fsdp2" if each["onto"] > 1 else "auto"}
+        rest["continue"] = True
+        second = launch(note_losses, rest, settings, each["onto"], seconds)
+        return {**second, "losses_before": first["losses"]}
+    finally:
+        shutil.rmtree(folder)
+
+
+def launch(work: Any, each: Record, settings: Record, count: int, seconds: float) -> Record:
+    """Call `work(each, settings)` in so many processes, as torchrun would; the first one's result.
+
+    They are forked from a server that has imported everything and has not touched a GPU.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["nat_models.engine.run", "sklearn.datasets"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = Path(settings["folder"], "result.json")
+    path.unlink(missing_ok=True)
+    processes = [
+        context.Process(target=process, args=(work, each, settings, rank, count, port))
+        for rank in range(count)
+    ]
+    for one in processes:
+        one.start()
+    deadline, running = time.monotonic() + min(seconds, 3600), list(processes)
+    try:
+        while running and time.monotonic() < deadline:
+            wait([one.sentinel for one in running], timeout=1)
+            if any(one.exitcode for one in processes):
+                break
+            running = [one for one in running if one.is_alive()]
+    finally:
+        for one in processes:
+            one.kill()
+            one.join()
+    codes = [one.exitcode for one in processes]
+    if any(codes):
+        raise RuntimeError(f"exit codes of the processes: {codes}")
+    result: Record = json.loads(path.read_text())
+    return result
+
+
+def process(work: Any, each: Record, settings: Record, rank: int, count: int, port: int) -> None:
+    """One of the processes."""
+    if count > 1:
+        ours = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_PORT": port}
+        common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+        common["TORCHELASTIC_RUN_ID"] = "scaling"  # how Lightning knows torchrun's processes
+        os.environ.update({name: str(value) for name, value in {**ours, **common}.items()})
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    set_up_logging()
+    result = work(each, settings)
+    if rank == 0:
+        content = json.dumps({**result, "machine": machine()})
+        Path(settings["folder"], "result.json").write_text(content)
+
+
+def configuration(settings: Record, *values: str) -> DictConfig:
+    """configs/train.yaml with values."""
+    accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    folder = [f"paths.output_dir={settings['folder']}", f"trainer.accelerator={accelerator}"]
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        return compose("train", overrides=[*COMMON, *folder, *values, *settings["overrides"]])
+
+
+def time_steps(each: Record, settings: Record) -> Record:
+    """Seconds of rounds of training steps."""
+    cfg = configuration(
+        settings,
+        f"experiment={each['model']}_in1k",
+        "data=fake",
+        "model.num_classes=1000",
+        "global_batch_size=null",
+        "task.compile=true",
+        "callbacks.best=null",
+        "callbacks.recent=null",
+        "callbacks.last=null",
+        "callbacks.history=null",
+        "scheduler.warmup_epochs=0",
+        "trainer.max_epochs=1",
+        f"trainer.devices={each['gpus']}",
+        f"trainer.strategy={each['strategy']}",
+    )
+    set_up_torch(cfg)
+    module = instantiate(
+        cfg.task, model=plain(cfg.model), optimizer=cfg.optimizer, scheduler=cfg.scheduler,
+        _convert_="all",
+    )  # fmt: skip
+    clock = Clock(settings["rounds"], settings["round_steps"])
+    trainer = make_trainer(cfg)
+    trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+    shape = (settings["batch"], 3, settings["size"], settings["size"])
+    trainer.fit(module, DeviceBatches(trainer, shape, module.num_classes, clock.steps))
+    images = settings["round_steps"] * settings["batch"] * each["gpus"]
+    device = trainer.strategy.root_device
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {
+        "arithmetic": str(trainer.precision),
+        "batch": settings["batch"],
+        "size": settings["size"],
+        "round_images": images,
+        "round_seconds": clock.seconds,
+        "images_per_second": images / statistics.median(clock.seconds),
+        "first_step_seconds": clock.first,
+        "peak_memory_gib": peak,
+    }
+
+
+class DeviceBatches:
+    """One batch of random images and mixed targets on the device, given again and again."""
+
+    def __init__(self, trainer: Trainer, shape: tuple[int, ...], classes: int, steps: int) -> None:
+        self.trainer, self.shape, self.classes, self.steps = trainer, shape, classes, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        device = self.trainer.strategy.root_device
+        images = torch.randn(self.shape, device=device)
+        targets = torch.rand(len(images), self.classes, device=device).softmax(-1)
+        for _ in range(self.steps):
+            yield images, targets
+
+
+class Clock(Callback):
+    """Seconds of each round of steps, those of the slowest process, after one that is not timed."""
+
+    def __init__(self, rounds: int, round_steps: int) -> None:
+        self.round_steps, self.steps = round_steps, (rounds + 1) * round_steps
+        self.seconds: list[float] = []
+        self.first = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start all processes together."""
+        self._start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End a round and begin the next."""
+        if batch_idx and (batch_idx + 1) % self.round_steps:
+            return
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        mine = time.perf_counter() - self._begin
+        if batch_idx == 0:
+            self.first = mine
+        if batch_idx < self.round_steps:
+            return self._start(trainer)
+        seconds = torch.tensor(mine, device=trainer.strategy.root_device)
+        self.seconds.append(float(trainer.strategy.reduce(seconds, reduce_op="max")))
+        self._start(trainer)
+
+    def _start(self, trainer: Trainer) -> None:
+        trainer.strategy.barrier()
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self._begin = time.perf_counter()
+
+
+def note_losses(each: Record, settings: Record) -> Record:
+    """Loss of each step, over all processes, of a run of the whole engine."""
+    folder, micro = settings["folder"], each["micro_batches"]
+    epoch = settings["steps"] // EPOCHS
+    stops = each["part"] == "resume" and not each.get("continue")
+    losses = f"{{_target_: scaling.Losses, stop_after: {3 * epoch if stops else 0}}}"
+    cfg = configuration(
+        settings,
+        "experiment=nat_tiny_in1k",
+        "data=digits",
+        f"data.input_size=[3,{settings['size']},{settings['size']}]",
+        "data.num_workers=4",
+        "augment=none",
+        "tf32=false",
+        "model.drop_path_rate=0.0",
+        "optimizer.lr=2.0e-4",
+        "scheduler.warmup_epochs=1",
+        f"global_batch_size={settings['global_batch']}",
+        f"data.batch_size={settings['global_batch'] // each['gpus'] // micro}",
+        f"trainer.max_epochs={EPOCHS}",
+        f"trainer.limit_train_batches={epoch * micro}",
+        "trainer.limit_val_batches=1",
+        f"trainer.precision={each['precision']}",
+        f"trainer.devices={each['gpus']}",
+        f"trainer.strategy={each['strategy']}",
+        f"+callbacks.losses={losses}",
+        f"ckpt={folder}/last.ckpt" if each.get("continue") else "ckpt=null",
+    )
+    try:
+        run.train(cfg)
+    except SIGTERMException:
+        if not stops:
+            raise
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return {}
+    return {
+        "global_batch": settings["global_batch"],
+        "losses": json.loads(Path(folder, "losses.json").read_text()),
+    }
+
+
+class Losses(Callback):
+    """Mean loss of each step over all processes and micro-batches, by the steps before it.
+
+    Args:
+        stop_after: Steps after which the run is told to stop, as by a cluster; 0: never.
+    """
+
+    def __init__(self, stop_after: int) -> None:
+        self.stop_after = stop_after
+        self.losses: dict[int, list[float]] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note a loss; the counter of steps has moved on where the step is taken."""
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        whole = not trainer.fit_loop.epoch_loop._should_accumulate()
+        step = trainer.global_step - whole
+        self.losses.setdefault(step, []).append(float(trainer.strategy.reduce(loss)))
+        if self.stop_after and trainer.global_step == self.stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write losses.json into the run's folder."""
+        if trainer.is_global_zero:
+            means = {step: statistics.mean(losses) for step, losses in self.losses.items()}
+            folder = Path(trainer.checkpoint_callback.dirpath)  # type: ignore[union-attr]
+            (folder / "losses.json").write_text(json.dumps(means))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write them when told to stop, too."""
+        self.on_train_end(trainer, pl_module)
+
+
+def machine() -> Record:
+    """What the numbers belong to."""
+    on_gpu = torch.cuda.is_available()
+    topology = None
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "topo", "-m"]
+        topology = subprocess.run(command, capture_output=True, text=True).stdout
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "devices": torch.cuda.device_count(),
+        "interconnect": topology,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "nccl_settings": {k: v for k, v in os.environ.items() if k.startswith("NCCL_")},
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def speeds(report: Record) -> dict[tuple[str, str], dict[int, float]]:
+    """Images a second by (model, strategy) and number of GPUs, the median of all turns."""
+    turns: dict[tuple[str, str, int], list[float]] = {}
+    for record in report["results"]:
+        if record["part"] == "throughput":
+            key = record["model"], record["strategy"], record["gpus"]
+            turns.setdefault(key, []).append(record["images_per_second"])
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for (model, strategy, gpus), values in turns.items():
+        found.setdefault((model, strategy), {})[gpus] = statistics.median(values)
+    return found
+
+
+def gap(report: Record, record: Record) -> float:
+    """Largest difference of a run's losses from those of one GPU in one piece."""
+    whole = {"gpus": 1, "micro_batches": 1, "precision": record.get("precision", "32-true")}
+    [alone] = (
+        r["losses"] for r in report["results"] if r["part"] == "loss" and whole.items() <= r.items()
+    )
+    return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
+
+
+def table(report: Record) -> str:
+    """The results as Markdown tables."""
+    lines = [f"{report['device']}, torch {report['versions']['torch']}, NCCL {report['nccl']}", ""]
+    found = speeds(report)
+    if found:
+        lines += ["| model | strategy | GPUs | images/s | of one GPU |", "|---|---|---|---|---|"]
+    for (model, strategy), by_gpus in found.items():
+        one = found.get((model, "auto"), {}).get(1)
+        for gpus, speed in sorted(by_gpus.items()):
+            cells = [model, strategy if gpus > 1 else "-", gpus, f"{speed:,.0f}"]
+            lines.append(_row([*cells, f"{speed / one:.2f}x" if one else "-"]))
+    compared = [r for r in report["results"] if r["part"] != "throughput"]
+    if compared:
+        head = ["run", "GPUs", "precision", "steps", "last loss", "largest difference"]
+        lines += ["", _row(head), _row(["---"] * len(head))]
+    for r in compared:
+        name = f"fsdp2, continued on {r['onto']}" if r["part"] == "resume" else r["strategy"]
+        if r["gpus"] == 1:
+            name = f"one GPU, {r['micro_batches']} micro-batches"
+        last = r["losses"][max(r["losses"], key=int)]
+        cells = [name, r["gpus"], r.get("precision", "32-true"), len(r["losses"]), f"{last:.4f}"]
+        lines.append(_row([*cells, f"{gap(report, r):.1e}"]))
+    return "\n".join(lines)
+
+
+def plot(report: Record) -> Figure:
+    """Efficiency, images a second of a GPU against those of one alone, by the number of GPUs."""
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    found = speeds(report)
+    for (model, strategy), by_gpus in found.items():
+        one = found.get((model, "auto"), {}).get(1)
+        if strategy != "auto" and one:
+            gpus = [1, *sorted(by_gpus)]
+            shares = [100.0, *(100 * by_gpus[n] / n / one for n in sorted(by_gpus))]
+            dashed = "--" if strategy == "fsdp2" else "-"
+            axes.plot(gpus, shares, dashed, marker="o", label=f"{model}, {strategy}")
+    axes.axhline(100, color="0.8", zorder=0)
+    axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency (%)", ylim=(0, 110))
+    axes.set_title(f"Weak scaling of training, {report['device']}")
+    ticks = sorted({record["gpus"] for record in report["results"]})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    if axes.lines[1:]:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _row(cells: list[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    import scaling  # the processes know its functions by this name
+
+    sys.exit(scaling.main())
