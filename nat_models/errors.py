@@ -31,7 +31,7 @@ def faults_of_the_machine() -> Iterator[None]:
         died = re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(error))
         if not died:
             raise
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or "") or str(error)).splitlines()[0]
         raise RunStopped(
             f"data.num_workers: a loading process died: {reason} Out of memory? Fewer of them may "
             "help, or a smaller data.batch_size; what was saved last can be continued"

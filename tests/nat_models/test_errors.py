@@ -1,3 +1,5 @@
+from queue import Empty
+
 import pytest
 from hydra.utils import instantiate
 
@@ -26,3 +28,9 @@ def test_the_death_of_a_loading_process_is_told_from_other_errors():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match=r"^shape"), faults_of_the_machine():
         raise RuntimeError("shape")
+
+
+def test_a_loading_process_that_exits_without_a_word_is_told_all_the_same():
+    words = "DataLoader worker (pid 1) exited unexpectedly"
+    with pytest.raises(RunStopped, match=r"died: DataLoader .*exited"), faults_of_the_machine():
+        raise RuntimeError(words) from Empty()
