@@ -35,6 +35,7 @@ from problem import (
     Exact,
     Problem,
     Tensors,
+    Unchecked,
     load_problems,
     random_tensors,
     use_precision,
@@ -140,14 +141,6 @@ def exact_dense(problem: Problem, tensors: Tensors, tolerance: float) -> Exact:
     """Of attention to the whole map; of a large one nothing is checked."""
     whole = replace(problem, kernel_size=problem.map, dilation=(1,) * problem.dims)
     return (Exact if problem.tokens <= CHECKED_TOKENS else Unchecked)(whole, tensors, tolerance)
-
-
-class Unchecked(Exact):
-    """Compares nothing."""
-
-    def errors(self, results: dict[str, torch.Tensor]) -> dict[str, float]:
-        """None."""
-        return {}
 
 
 def count_kernels(content: Record, compiled: dict[Part, list[Kernel] | None]) -> None:

@@ -233,7 +233,7 @@ class DenseAttention:
         """A way for each kernel of PyTorch's."""
         inputs = [heads_first(x) for x in tensors.qkv.unbind(-3)]
         is_whole = self.is_dense or problem.kernel_size == problem.map
-        mask = partial(_mask, problem, inputs[0].dtype)
+        mask = partial(_mask, problem, inputs[0])
         with torch.no_grad():
             made = None if is_whole and tensors.rpb is None else mask(tensors.rpb)
         for kernel in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
@@ -253,10 +253,9 @@ class DenseAttention:
             )
 
 
-def _mask(problem: Problem, dtype: torch.dtype, rpb: Tensor | None) -> Tensor:
+def _mask(problem: Problem, like: Tensor, rpb: Tensor | None) -> Tensor:
     """[1, heads or 1, tokens, tokens], rows aligned as PyTorch's kernels like them."""
-    tokens = problem.tokens
-    device = rpb.device if rpb is not None else None
+    tokens, dtype, device = problem.tokens, like.dtype, like.device
     position = torch.arange(tokens, device=device)
     query, key = position[:, None], position[None]
     mask = torch.zeros(1, tokens, tokens, device=device, dtype=dtype)

@@ -46,3 +46,21 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
         return run
 
     return prepare
+
+
+@pytest.fixture
+def generations_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The providers of our Triton kernels run the reference backend."""
+    import peers
+
+    class OnReference(peers.Operator):
+        compiler = None
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def prepare(self, problem: Any, tensors: Any) -> Any:
+            yield peers._OperatorCall("reference", problem, tensors)
+
+    for name in peers.GENERATIONS:
+        monkeypatch.setitem(peers.PROVIDERS, name, OnReference(name))

@@ -2,7 +2,6 @@ import json
 
 import paper
 import paper_tables
-import peers
 import pytest
 import study
 from compiling import Kernel, OperatorPass
@@ -18,20 +17,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-class OnReference(peers.Operator):
-    """Has a name of a GPU's backend."""
-
-    def prepare(self, problem, tensors):
-        yield peers._OperatorCall("reference", problem, tensors)
-
-
 @pytest.fixture
-def measure(on_cpu, monkeypatch):
+def measure(on_cpu, generations_on_cpu, monkeypatch):
     monkeypatch.setattr(paper, "load_problems", lambda _: [p | {"slow": False} for p in SMALL])
-    for name in peers.GENERATIONS:
-        provider = OnReference(name)
-        provider.compiler = None
-        monkeypatch.setitem(peers.PROVIDERS, name, provider)
     return on_cpu(paper)
 
 

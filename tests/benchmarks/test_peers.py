@@ -65,3 +65,17 @@ def test_masks_that_are_too_large_are_refused():
     sdpa = peers.PROVIDERS["sdpa"]
     assert sdpa.refuses(problem, True, True)
     assert sdpa.refuses(problem, True, False) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False], ids=["rpb", "plain"])
+@pytest.mark.parametrize("provider", [*peers.GENERATIONS, "flex", "sdpa", "gathered"])
+def test_both_passes_have_a_time_on_a_gpu(provider, bias):
+    problem = Problem((20, 24), 2, 32, (5, 5), (2, 1), 4)
+    tensors = random_tensors(problem, torch.float16, bias)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = peers.measure(
+            peers.PROVIDERS[provider], problem, tensors, Exact(problem, tensors, 5e-3)
+        )
+    assert found["forward"]["us"] > 0, found["failures"]
+    assert found["backward"]["us"] > 0, found["failures"]
