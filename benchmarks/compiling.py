@@ -5,11 +5,14 @@ kernels are compiled without a launch; the GPU is left alone meanwhile.
 """
 
 import builtins
+import fcntl
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ProcessPoolExecutor, TimeoutError
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # Each process compiles by itself: PyTorch's compiler, imported later, shall start no further ones.
@@ -22,6 +25,10 @@ from problem import Problem, random_tensors, use_precision
 
 from neighborhood_attention.backends import Inputs, load
 from neighborhood_attention.geometry import Neighborhood
+
+# Of peers with more elements, one is run at a time.
+LARGE_ELEMENTS = 2**26
+LOCK = Path(tempfile.gettempdir(), "nat-models-large-peer.lock")
 
 
 class Kernel(NamedTuple):
@@ -119,13 +126,20 @@ class PeerRun(NamedTuple):
 
     def __call__(self) -> None:
         """Run them once, so that PyTorch compiles them and keeps the result on disk."""
+        is_large = self.problem.elements > LARGE_ELEMENTS
+        with open(LOCK, "w") as lock:
+            if is_large:  # the processes share the GPU's memory
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self._run()
+            torch.cuda.synchronize()
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+
+    def _run(self) -> None:
         tensors = random_tensors(self.problem, use_precision(self.precision), self.bias)
         for call in PROVIDERS[self.provider].prepare(self.problem, tensors):
             call.forward()
             call.backward(call.arrange(tensors.grad))
-        torch.cuda.synchronize()
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
 
 
 Part = OperatorPass | PeerRun

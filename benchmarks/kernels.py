@@ -26,12 +26,13 @@ import peers
 import study
 import torch
 from compiling import Part, parts_of
-from measuring import Record, Results, copy_bandwidth, markdown_table
+from measuring import Record, Results, copy_bandwidth, markdown_table, save_picture
 from peers import GENERATIONS, PROVIDERS, Provider
 from problem import PRECISIONS, Exact, Problem, load_problems, random_tensors, use_precision
 
 IDENTITY = "map", "heads", "head_dim", "kernel_size", "dilation", "batch", "dtype", "provider"
 MARGIN = 20  # seconds that a problem may take
+NAT_TINY = {56: 3, 28: 4, 14: 18, 7: 5}  # layers by the side of their map
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +154,21 @@ def tables(result: Record) -> str:
             ]
             heads = [p + (", no bias" if "without" in c else "") for p, c in columns]
             head = [f"{dtype} {name}", "floor", *heads]
-            parts.append(markdown_table(head, rows))
+            parts.append(f"{markdown_table(head, rows)}{nat_tiny(records, name, columns)}")
     return "\n\n".join(parts)
+
+
+def nat_tiny(records: list[Record], name: str, columns: list[tuple[str, str]]) -> str:
+    """A last row, where all of them are measured: NAT-Tiny's 30 layers at 224 pixels."""
+    layers = [r for r in records if r["main"] and r["dilation"] == 1]
+    cells = ["NAT-Tiny, milliseconds"]
+    for provider, column in [("fused", f"{name}_floor"), *columns]:
+        found = {r["map"][0]: r.get(f"{column}_us") for r in layers if r["provider"] == provider}
+        if set(found) != set(NAT_TINY) or None in found.values():
+            cells.append("-")
+        else:
+            cells.append(f"{sum(n * found[side] for side, n in NAT_TINY.items()) / 1e3:.2f}")
+    return f"\n| {' | '.join(cells)} |"
 
 
 def by_shape(records: list[Record], name: str) -> Iterator[tuple[str, float, dict[str, Record]]]:
@@ -196,8 +210,7 @@ def plots(result: Record, folder: Path) -> list[Path]:
         figure.axes[0].set_yticks(range(len(titles)), titles, fontsize="small")
         figure.axes[0].invert_yaxis()
         figure.suptitle(f"{result['device']}, {dtype}, batch {records[0]['batch']}")
-        files.append(folder / f"kernels-{dtype}.png")
-        figure.savefig(files[-1], dpi=110)
+        files.append(save_picture(figure, result, f"kernels-{dtype}", folder))
     return files
 
 

@@ -23,7 +23,7 @@ import peers
 import study
 import torch
 from compiling import Part, parts_of
-from measuring import Record, Results, markdown_table
+from measuring import Record, Results, markdown_table, save_picture
 from peers import GENERATIONS, PROVIDERS, Provider
 from problem import PRECISIONS, Exact, Problem, Tensors, Unchecked, random_tensors, use_precision
 from roofline import COLORS
@@ -212,9 +212,7 @@ def plots(result: Record, folder: Path) -> list[Path]:
             axes.set(xscale="log", yscale="log", xlabel="tokens")
     figure.axes[0].legend()
     figure.suptitle(f"{result['device']}, forward and backward")
-    file = folder / "limits.png"
-    figure.savefig(file, dpi=110)
-    return [file]
+    return [save_picture(figure, result, "limits", folder)]
 
 
 if __name__ == "__main__":

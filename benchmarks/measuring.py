@@ -129,7 +129,10 @@ class Results:
                     f"{path}: {name} {before[name]}, but this is {description[name]}: "
                     "results of different machines go into different files"
                 )
-        self._records = {self._key(record): record for record in before.pop("results")}
+        self._records: dict[str, Record] = {}
+        self._rows: dict[str, str] = {}  # as the file has them
+        for record in before.pop("results"):
+            self._set(record)
         self.content = before | description
 
     def _key(self, record: Record) -> str:
@@ -147,13 +150,18 @@ class Results:
     def add(self, record: Record) -> None:
         """Take a measurement, and write the file."""
         stamp = {"commit": self.content["commit"], "date": self.content["date"]}
-        self._records[self._key(record)] = record | stamp
+        self._set(record | stamp)
         self.save()
+
+    def _set(self, record: Record) -> None:
+        key = self._key(record)
+        self._records[key] = record
+        self._rows[key] = f"  {json.dumps(_rounded(record))}"
 
     def save(self) -> None:
         """Write the file, one record a line; never half of it."""
         head = json.dumps(self.content | {"results": []}, indent=1).removesuffix("[]\n}")
-        rows = ",\n".join(f"  {json.dumps(_rounded(record))}" for record in self.records)
+        rows = ",\n".join(self._rows.values())
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(f"{head}[\n{rows}\n ]\n}}\n")
         os.replace(temporary, self._path)
@@ -171,6 +179,13 @@ def _rounded(value: Any) -> Any:
 def today() -> str:
     """The date, as results name it."""
     return datetime.date.today().isoformat()
+
+
+def save_picture(figure: Any, result: Record, name: str, folder: Path) -> Path:
+    """A PNG file whose name has the device in it."""
+    file = folder / f"{name}-{result['device'].replace(' ', '-').lower()}.png"
+    figure.savefig(file, dpi=110)
+    return file
 
 
 def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

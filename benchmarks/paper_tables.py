@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from measuring import Record, markdown_table
+from measuring import Record, markdown_table, save_picture
 from peers import GENERATIONS
 from problem import PRECISIONS, Problem
 
@@ -197,6 +197,4 @@ def plots(result: Record, folder: Path) -> list[Path]:
             axes.axhline(1, color="black", linewidth=0.8)
             axes.set(yscale="log", title=f"{precision}, {name}", ylabel="times as fast")
     figure.suptitle(result["device"])
-    file = folder / "paper.png"
-    figure.savefig(file, dpi=110)
-    return [file]
+    return [save_picture(figure, result, "paper", folder)]

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measuring import Record, markdown_table
+from measuring import Record, markdown_table, save_picture
 from peers import GENERATIONS
 from problem import PRECISIONS, Problem
 
@@ -135,9 +135,7 @@ def plots(result: Record, folder: Path) -> list[Path]:
         _draw_roofline(axes, result, precision)
     panels[0].legend(fontsize="small")
     figure.suptitle(result["device"])
-    file = folder / "roofline.png"
-    figure.savefig(file, dpi=110)
-    return [file]
+    return [save_picture(figure, result, "roofline", folder)]
 
 
 def _draw_roofline(axes: Any, result: Record, precision: str) -> None:

@@ -100,3 +100,14 @@ def test_table_and_chart_come_from_the_results_alone(measure, tmp_path):
     assert "| 6x6, 2 heads, 3x3, dilation 2 | 0 | 20 (" in text
     (file,) = kernels.plots(content, tmp_path)
     assert file.stat().st_size > 10_000
+
+
+def test_the_layers_of_nat_tiny_are_summed():
+    records = [
+        {"map": [side, side], "main": True, "dilation": 1, "provider": "fused",
+         "forward_us": 1000, "forward_floor_us": 10 * side}
+        for side in (56, 28, 14, 7)
+    ]  # fmt: skip
+    row = kernels.nat_tiny(records, "forward", [("fused", "forward"), ("flex", "forward")])
+    # 3 layers at 56, 4 at 28, 18 at 14 and 5 at 7.
+    assert row == "\n| NAT-Tiny, milliseconds | 5.67 | 30.00 | - |"
