@@ -27,7 +27,9 @@ def measure_loading(cfg: DictConfig) -> dict[str, Any]:
     )
     data.open(training=True)
     data.follow(timm.create_model(cfg.model.name))
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=0)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=0, world_size=1, current_epoch=0, accumulate_grad_batches=1
+    )
     batches = iter(data.train_dataloader())
     for _ in islice(batches, cfg.warmup):
         pass

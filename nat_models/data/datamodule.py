@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from numpy.typing import NDArray
 from PIL.Image import Image
 from timm.data import Mixup, create_transform, resolve_data_config
@@ -190,9 +190,12 @@ class ImageDataModule(LightningDataModule):
         seed = self.settings.seed
         if isinstance(data, DecodedStream):
             return self._stream(data, training=True)
-        sampler = EpochSampler(data, seed, self.trainer.global_rank, self.trainer.world_size)
-        sampler.set_epoch(self._epoch, self._batches_done * self.settings.batch_size)
         size = self.settings.batch_size
+        sampler = EpochSampler(
+            data, seed, self.trainer.global_rank, self.trainer.world_size,
+            share=size * self.trainer.accumulate_grad_batches,
+        )  # fmt: skip
+        sampler.set_epoch(self._epoch, self._batches_done * size)
         return self._loader(
             SeededDataset(data, seed), sampler=sampler, batch_size=size, drop_last=True
         )
@@ -218,8 +221,21 @@ class ImageDataModule(LightningDataModule):
         return {
             "epoch": loop.epoch_progress.current.processed,
             "batches_done": done,
+            "pace": self.pace(self.trainer),
             "class_names": self.class_names,
         }
+
+    def pace(self, trainer: Trainer) -> dict[str, int]:
+        """Images over all processes; what a number of batches says depends on it."""
+        s = self.settings
+        images = s.batch_size * trainer.world_size
+        pace = {
+            "images_a_step": images * trainer.accumulate_grad_batches,
+            "images_a_batch": images,
+        }
+        if s.name == "wds":  # whose shards are divided among all that read
+            pace |= {"processes": trainer.world_size, "num_workers": s.num_workers}
+        return pace
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader begin there."""
@@ -298,6 +314,14 @@ class ImageDataModule(LightningDataModule):
             num_workers=s.num_workers,
             skipped=self._batches_done if training else 0,
             training=training,
+            batches_a_step=trainer.accumulate_grad_batches,
+            in_any_process=self._in_any_process,
+        )
+
+    def _in_any_process(self, here: bool) -> bool:
+        strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
+        return bool(
+            strategy.reduce(torch.tensor(float(here), device=strategy.root_device), reduce_op="max")
         )
 
     def _loader(self, data: Dataset[Any], **batches: Any) -> DataLoader[Batch]:

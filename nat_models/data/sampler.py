@@ -30,11 +30,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
         data: Data set to draw from.
         seed: Seed of the order.
         rank: This process's number.
-        world_size: Number of processes; the share of each is rounded down to the same length.
+        world_size: Number of processes.
+        share: Each process's share is rounded down to a multiple of this.
     """
 
-    def __init__(self, data: Sized, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, data: Sized, seed: int, rank: int = 0, world_size: int = 1, share: int = 1
+    ) -> None:
         self.length = len(data)
+        self.share = share
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -56,7 +60,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return iter([(self.epoch, index) for index in share[first:]])
 
     def __len__(self) -> int:
-        return self.length // self.world_size
+        return self.length // self.world_size // self.share * self.share
 
 
 class SeededDataset(Dataset[Any]):

@@ -34,6 +34,8 @@ def share(source: Any, rank: int, world_size: int, training: bool) -> None:
 class StreamLoader(DataLoader[Any]):
     """Batches of a stream. Order and augmentation depend on the seed, the epoch and the workers.
 
+    Processes evaluate equally many batches, of which the last may be empty.
+
     Args:
         data: The stream.
         epoch: Tells the epoch that is about to begin.
@@ -41,6 +43,8 @@ class StreamLoader(DataLoader[Any]):
         num_workers: Processes that load.
         skipped: Batches that the first iteration leaves out.
         training: Whether only whole batches are given.
+        batches_a_step: Their number is rounded down to a multiple of this in training.
+        in_any_process: Tells whether what is so here is so in any process.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class StreamLoader(DataLoader[Any]):
         num_workers: int,
         skipped: int,
         training: bool,
+        batches_a_step: int,
+        in_any_process: Callable[[bool], bool],
     ) -> None:
         super().__init__(
             data,
@@ -64,6 +70,9 @@ class StreamLoader(DataLoader[Any]):
         self.epoch = epoch
         self.skipped = skipped
         self.training = training
+        self.batches_a_step = batches_a_step
+        self.in_any_process = in_any_process
+        data.source.reader.batch_size = batch_size  # each worker gives whole batches
         data.source.set_loader_cfg(num_workers=self.num_workers)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -72,10 +81,17 @@ class StreamLoader(DataLoader[Any]):
         self.stream.source.set_epoch(epoch)
         self.stream.epoch = epoch
         self.generator.manual_seed(self.stream.seed + epoch)
+        batches = super().__iter__()
+        if not self.training:
+            return self._as_many_as_any(batches)
         first, self.skipped = self.skipped, 0
-        return islice(super().__iter__(), first, None)
+        return islice(batches, first, len(self))
 
     def __len__(self) -> int:
         if not self.training:
             raise TypeError("how many batches of evaluation there are shows at their end")
-        return super().__len__()
+        return super().__len__() // self.batches_a_step * self.batches_a_step
+
+    def _as_many_as_any(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while self.in_any_process((batch := next(batches, None)) is not None):
+            yield collate([]) if batch is None else batch

@@ -70,7 +70,9 @@ def train(cfg: DictConfig) -> float:
         share_output_dir(cfg)
         output = Path(cfg.paths.output_dir)
         trainer = make_trainer(cfg)
-        accumulate(trainer, cfg)
+        accumulate(trainer, cfg, data.sizes["train"])
+        if resumed:
+            resumed.check_same_pace(data.pace(trainer))
         claim(output, resuming=resumed is not None)
     with log_to_file(output / "train.log"), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)

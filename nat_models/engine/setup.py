@@ -51,17 +51,36 @@ def _precision(accelerator: str) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
-def accumulate(trainer: Trainer, cfg: DictConfig) -> None:
-    """Accumulate batches until all processes together have used the images of one step."""
-    if cfg.global_batch_size is None:
-        return
+def accumulate(trainer: Trainer, cfg: DictConfig, images: int) -> None:
+    """Accumulate batches until all processes together have used the images of one step.
+
+    Args:
+        trainer: To be set so.
+        cfg: Composed from configs/train.yaml.
+        images: Number of images to train on.
+
+    Raises:
+        ValueError: Steps of that size cannot be made of the batches, or of the images.
+    """
     at_once = cfg.data.batch_size * trainer.world_size
-    if cfg.global_batch_size % at_once:
+    if cfg.global_batch_size is not None:
+        if cfg.global_batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size={cfg.global_batch_size}: expected a multiple of {at_once}, "
+                f"data.batch_size={cfg.data.batch_size} times {trainer.world_size} processes"
+            )
+        trainer.accumulate_grad_batches = cfg.global_batch_size // at_once
+    batches, limit = trainer.accumulate_grad_batches, cfg.trainer.limit_train_batches
+    if images < at_once * batches:
         raise ValueError(
-            f"global_batch_size={cfg.global_batch_size}: expected a multiple of {at_once}, "
-            f"data.batch_size={cfg.data.batch_size} times {trainer.world_size} processes"
+            f"data.batch_size={cfg.data.batch_size}: a step takes {at_once * batches} images over "
+            f"{trainer.world_size} processes and {batches} batches, there are {images} to train on"
         )
-    trainer.accumulate_grad_batches = cfg.global_batch_size // at_once
+    if batches > 1 and limit is not None and (limit % batches or isinstance(limit, float)):
+        raise ValueError(
+            f"trainer.limit_train_batches={limit}: expected a multiple of {batches}, the batches "
+            "of a step"
+        )
 
 
 def set_up_torch(cfg: DictConfig) -> None:

@@ -1,6 +1,6 @@
 """A training run as its checkpoint tells it: which model, which data, which weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ class TrainedRun:
         hparams: Arguments of its `Classifier`.
         data_hparams: Arguments of its `ImageDataModule`.
         state_dict: Weights of its `Classifier`.
-        class_names: Names of its classes, if the data had any.
+        progress: State of its `ImageDataModule`.
     """
 
     path: Path
     hparams: dict[str, Any]
     data_hparams: dict[str, Any]
     state_dict: dict[str, Any]
-    class_names: list[str] | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of its classes, None if the data had none."""
+        return self.progress.get("class_names")
 
     @classmethod
     def read(cls, path: Path, weights: str = "averaged") -> "TrainedRun":
@@ -56,7 +61,7 @@ class TrainedRun:
                 hparams=content["hyper_parameters"],
                 data_hparams=content["datamodule_hyper_parameters"],
                 state_dict=trained_weights if weights == "trained" else content["state_dict"],
-                class_names=content.get("ImageDataModule", {}).get("class_names"),
+                progress=content.get("ImageDataModule", {}),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(
@@ -96,4 +101,21 @@ class TrainedRun:
             if given.get(key) is not None and given[key] != ours[key]:
                 raise ValueError(
                     f"model.{key}={given[key]}: the checkpoint {self.path} has {ours[key]}"
+                )
+
+    def check_same_pace(self, now: dict[str, int]) -> None:
+        """Raise ValueError if the steps, or within an epoch the batches, would be others.
+
+        Args:
+            now: `pace` of the data that the run is to go on with.
+        """
+        within = self.progress.get("batches_done", 0) > 0
+        before = self.progress.get("pace", {})
+        for key in now if within else ("images_a_step",):
+            if before.get(key) != now[key]:
+                place = "within an epoch" if within else "at the end of an epoch"
+                raise ValueError(
+                    f"ckpt={self.path}: saved {place}, with {before.get(key)} "
+                    f"{key.replace('_', ' ')}, now {now[key]}; continue with {before}: "
+                    "global_batch_size, data.batch_size times processes, data.num_workers"
                 )

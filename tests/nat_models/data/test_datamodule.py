@@ -111,9 +111,19 @@ def test_state_is_the_next_batch_to_train_on(image_folder):
     loop = data.trainer.fit_loop
     loop.epoch_progress.current.processed = 1
     loop.epoch_loop.batch_progress.current.processed = 2
-    assert data.state_dict() == {"epoch": 1, "batches_done": 2, "class_names": NAMES}
+    state = data.state_dict()
+    assert state.pop("pace") == {"images_a_step": 4, "images_a_batch": 4}
+    assert state == {"epoch": 1, "batches_done": 2, "class_names": NAMES}
     loop.epoch_loop.batch_progress.is_last_batch = True
-    assert data.state_dict() == {"epoch": 1, "batches_done": 0, "class_names": NAMES}
+    assert data.state_dict()["batches_done"] == 0
+
+
+def test_an_epoch_has_whole_steps_only(image_folder):
+    data = ImageDataModule("folder", str(image_folder), batch_size=2, augment={"no_aug": True})
+    attached(data, model_of((3, 16, 16), classes=3), accumulate_grad_batches=4)
+    loader = data.train_dataloader()
+    assert len(loader) == len(list(loader)) == 4  # of six
+    assert data.pace(data.trainer) == {"images_a_step": 8, "images_a_batch": 2}
 
 
 def test_ranks_evaluate_every_image_once(image_folder):

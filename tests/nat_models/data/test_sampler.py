@@ -39,6 +39,12 @@ def test_ranks_share_without_overlap():
     assert len({index for share in shares for _, index in share}) == 10
 
 
+def test_a_share_is_whole_steps():
+    sampler = EpochSampler(range(11), seed=0, world_size=2, share=2)
+    assert len(sampler) == len(drawn(sampler, 5)) == 4
+    assert drawn(sampler, 5) == drawn(EpochSampler(range(11), seed=0, world_size=2), 5)[:4]
+
+
 def test_seed_rngs_seeds_all_three_and_separates_keys():
     def draw(*key: int) -> tuple[float, float, float]:
         seed_rngs(*key)

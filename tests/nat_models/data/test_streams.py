@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch import nn
 
@@ -30,7 +31,9 @@ def shards(tmp_path):
     return tmp_path
 
 
-def opened(root, epoch: int = 0, rank: int = 0, world_size: int = 1, **options) -> ImageDataModule:
+def opened(
+    root, epoch: int = 0, rank: int = 0, world_size: int = 1, accumulated: int = 1, **options
+):
     data = ImageDataModule(
         "wds", str(root), f"{SHARDS}|20", f"{SHARDS}|20", batch_size=5, on_error="skip",
         augment={"scale": [0.2, 1.0], "color_jitter": 0.4}, **options,
@@ -39,7 +42,10 @@ def opened(root, epoch: int = 0, rank: int = 0, world_size: int = 1, **options) 
     model = nn.Identity()
     model.pretrained_cfg, model.num_classes = {"input_size": (3, 8, 8)}, 20
     data.follow(model)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, current_epoch=epoch,
+        accumulate_grad_batches=accumulated, strategy=SingleDeviceStrategy(torch.device("cpu")),
+    )  # fmt: skip
     return data
 
 
@@ -85,6 +91,26 @@ def test_ranks_evaluate_every_image_once(shards, workers):
     for rank in range(3):
         seen += labels(opened(shards, 0, rank, 3, num_workers=workers).val_dataloader())
     assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_epoch_has_whole_steps_only_and_as_many_as_it_says(shards, workers):
+    # Three workers have 7 images each at most, which are filled up to 10.
+    for accumulated in (1, 3):
+        data = opened(shards, 0, accumulated=accumulated, num_workers=workers)
+        loader = data.train_dataloader()
+        assert len(loader) == len(list(loader))
+        assert len(loader) % accumulated == 0
+    assert data.pace(data.trainer)["num_workers"] == workers
+
+
+def test_a_process_that_has_ended_gives_empty_batches_until_all_have(shards):
+    data = opened(shards, 0, rank=0, world_size=2)
+    left = iter([True] * 4 + [False])
+    data._in_any_process = lambda here: next(left)
+    batches = list(data.val_dataloader())
+    assert [len(targets) for _, targets, *_ in batches] == [5, 5, 0, 0]
 
 
 def test_too_few_shards_are_named(shards):

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nat_models.engine import setup
 
@@ -22,9 +22,29 @@ def test_precision_follows_the_device(monkeypatch):
 @pytest.mark.parametrize(("processes", "batches"), [(1, 8), (4, 2), (8, 1)])
 def test_accumulation_makes_up_for_few_processes(processes, batches):
     trainer = SimpleNamespace(world_size=processes, accumulate_grad_batches=1)
-    cfg = OmegaConf.create({"global_batch_size": 1024, "data": {"batch_size": 128}})
-    setup.accumulate(trainer, cfg)
+    setup.accumulate(trainer, steps_of(1024), images=1024)
     assert trainer.accumulate_grad_batches == batches
+
+
+def steps_of(images: int, limit: float | None = None) -> DictConfig:
+    data, trainer = {"batch_size": 128}, {"limit_train_batches": limit}
+    return OmegaConf.create({"global_batch_size": images, "data": data, "trainer": trainer})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "images", "message"),
+    [
+        (steps_of(300), 1024, r"global_batch_size=300: expected a multiple of 256"),
+        (steps_of(1024), 1000, r"a step takes 1024 images over 2 processes and 4 batches, .* 1000"),
+        (steps_of(512, 3), 1024, r"limit_train_batches=3: expected a multiple of 2"),
+        (steps_of(512, 0.5), 1024, r"limit_train_batches=0\.5: expected a multiple of 2"),
+    ],
+    ids=["batches", "images", "limit", "share"],
+)
+def test_steps_that_cannot_be_made_are_named(cfg, images, message):
+    trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1)
+    with pytest.raises(ValueError, match=message):
+        setup.accumulate(trainer, cfg, images)
 
 
 @pytest.mark.parametrize("tf32", [True, False])

@@ -68,3 +68,28 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"state_dict": {}}, path)
     with pytest.raises(CheckpointError, match="not the checkpoint of a training run"):
         TrainedRun.read(path)
+
+
+PACE = {"images_a_step": 256, "images_a_batch": 64}
+
+
+@pytest.mark.parametrize(
+    ("batches_done", "now", "message"),
+    [
+        (0, {**PACE, "images_a_batch": 32}, None),
+        (4, PACE, None),
+        (4, {**PACE, "images_a_batch": 32}, r"within an epoch, with 64 images a batch, now 32"),
+        (0, {**PACE, "images_a_step": 512}, r"end of an epoch, with 256 images a step, now 512"),
+        (4, {**PACE, "processes": 2}, r"within an epoch, with None processes, now 2"),
+    ],
+    ids=["end", "same", "batch", "step", "shards"],
+)
+def test_a_resume_keeps_its_steps_and_within_an_epoch_its_batches(
+    checkpoint, batches_done, now, message
+):
+    run = TrainedRun.read(checkpoint[0])
+    run.progress.update(batches_done=batches_done, pace=PACE)
+    if message is None:
+        return run.check_same_pace(now)
+    with pytest.raises(ValueError, match=message):
+        run.check_same_pace(now)
