@@ -60,10 +60,12 @@ class History(Callback):
         self._batches = self._batches + finite
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the epoch and print it."""
+        """Note the epoch, its loss over all processes, and print it."""
         now = time.monotonic()
+        sums = torch.tensor([self._loss_sum, self._batches], device=trainer.strategy.root_device)
+        loss_sum, batches = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         epoch = {
-            "train/loss": float(self._loss_sum) / max(1, int(self._batches)),
+            "train/loss": loss_sum / max(1, batches),
             "seconds": now - self._clock,
         }
         for name, value in trainer.callback_metrics.items():

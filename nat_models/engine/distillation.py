@@ -49,13 +49,16 @@ class Distiller(Classifier):
                 )
         # In a list: neither optimized, nor averaged, nor saved.
         self._teacher = [model.requires_grad_(False).eval()]
-        self._teachers_view = _renormalisation(self.model, model)
+        self._teachers_view: list[Tensor] = []
 
     def on_fit_start(self) -> None:
-        """Put the teacher on the device too."""
+        """Put the teacher on the device too, and see to it that it gets images as it knows them."""
         super().on_fit_start()
-        self._teacher[0].to(self.device)
-        self._teachers_view = [t.to(self.device) for t in self._teachers_view]
+        [teacher] = self._teacher
+        teacher.to(self.device)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        view = renormalisation(data.config, teacher.pretrained_cfg)
+        self._teachers_view = [t.to(self.device) for t in view]
 
     def loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean of the weighted sum of both parts."""
@@ -72,11 +75,11 @@ class Distiller(Classifier):
         return (1 - w) * own + w * self.temperature**2 * imitation
 
 
-def _renormalisation(student: Any, teacher: Any) -> list[Tensor]:
-    """Factor and summand [C, 1, 1] from the student's normalisation to another of the teacher."""
+def renormalisation(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Tensor]:
+    """Factor and summand [C, 1, 1] from one `mean` and `std` to others; none if they are equal."""
     mean, std, teachers_mean, teachers_std = (
-        torch.tensor(model.pretrained_cfg[name]).view(-1, 1, 1)
-        for model in (student, teacher)
+        torch.tensor(normalisation[name]).view(-1, 1, 1)
+        for normalisation in (given, wanted)
         for name in ("mean", "std")
     )
     if mean.equal(teachers_mean) and std.equal(teachers_std):

@@ -9,6 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_value_
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -181,8 +182,11 @@ class Classifier(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the total norm, which tells also whether the step may be taken."""
-        self.gradient_norm = clip_or_skip(optimizer, gradient_clip_val)
+        """Clip by the total norm, which tells also whether the step may be taken, or by value."""
+        by_value = gradient_clip_algorithm == "value"
+        self.gradient_norm = clip_or_skip(optimizer, None if by_value else gradient_clip_val)
+        if by_value and gradient_clip_val:
+            clip_grad_value_(self.parameters(), gradient_clip_val)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step timm's schedules by the number of updates."""

@@ -75,7 +75,8 @@ class NonFiniteSteps(Callback):
         Raises:
             RunStopped: Too many in a row were skipped.
         """
-        self._batches.append(batch)
+        if self.in_a_row >= self.patience - 2:  # the count is a step late: only what may be saved
+            self._batches.append(batch)
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         about = {"step": trainer.global_step, "batches": self._batches}

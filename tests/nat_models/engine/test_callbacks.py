@@ -4,10 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
 from nat_models.engine.callbacks import History, accuracy
+
+ALONE = SingleDeviceStrategy(torch.device("cpu"))
 
 
 def feed(history: History, *losses: float) -> None:
@@ -19,7 +22,7 @@ def feed(history: History, *losses: float) -> None:
 def test_history_survives_a_resume_in_the_middle_of_an_epoch(caplog):
     caplog.set_level(logging.INFO)
     metrics = {"val/loss": 0.5, "val/top1": 0.975, "val/top5": 1.0, "lr": 1.0}
-    trainer = SimpleNamespace(callback_metrics=metrics, max_epochs=12)
+    trainer = SimpleNamespace(callback_metrics=metrics, max_epochs=12, strategy=ALONE)
     before, after = History(), History()
     feed(before, 4.0, 2.0)
     before.on_train_epoch_end(trainer, None)
@@ -36,7 +39,8 @@ def test_history_survives_a_resume_in_the_middle_of_an_epoch(caplog):
 def test_history_leaves_out_losses_that_are_not_finite(caplog):
     history = History()
     feed(history, 4.0, float("nan"), float("inf"), 2.0)
-    history.on_train_epoch_end(SimpleNamespace(callback_metrics={}, max_epochs=1), None)
+    trainer = SimpleNamespace(callback_metrics={}, max_epochs=1, strategy=ALONE)
+    history.on_train_epoch_end(trainer, None)
     assert history.epochs[0]["train/loss"] == 3.0
 
 

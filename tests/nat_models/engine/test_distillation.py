@@ -1,8 +1,10 @@
 import pytest
 import torch
+from lightning import Trainer
 from torch.nn import functional as F
 
-from nat_models.engine.distillation import Distiller
+from nat_models.data import ImageDataModule
+from nat_models.engine.distillation import Distiller, renormalisation
 from nat_models.engine.module import Classifier
 
 STUDENT = {"name": "nat_demo", "num_classes": 4, "in_chans": 3}
@@ -21,13 +23,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     module = distiller(distillation_weight=0.3)
     [teacher] = module._teacher
     logits = module(IMAGES)
-    mean, std = 0.5, 0.5
-    theirs = teacher.pretrained_cfg
-    pixels = IMAGES * std + mean
-    seen = (pixels - torch.tensor(theirs["mean"]).view(3, 1, 1)) / torch.tensor(theirs["std"]).view(
-        3, 1, 1
-    )
-    p, q = ((x / 2.0).softmax(-1) for x in (teacher(seen), logits))
+    p, q = ((x / 2.0).softmax(-1) for x in (teacher(IMAGES), logits))
     imitation = 4.0 * (p * (p / q).log()).sum(-1).mean()
     expected = 0.7 * F.cross_entropy(logits, TARGETS) + 0.3 * imitation
     torch.testing.assert_close(module.loss(IMAGES, logits, TARGETS), expected)
@@ -54,3 +50,28 @@ def test_the_teacher_is_neither_saved_nor_trained():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         distiller(**arguments)
+
+
+def test_the_teacher_sees_the_same_pixels_in_its_own_normalisation():
+    options = {"size": 4, "image_size": [3, 32, 32], "num_classes": 4}
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.6, 0.7, 0.8]}  # neither the student's nor its own
+    data = ImageDataModule("fake", batch_size=4, options=options, input_size=[3, 32, 32], **own)
+    module = distiller(optimizer={"opt": "sgd", "lr": 0.1})
+    [teacher] = module._teacher
+    seen = {}
+    module.model.register_forward_pre_hook(lambda _, given: seen.update(student=given[0]))
+    teacher.register_forward_pre_hook(lambda _, given: seen.update(teacher=given[0]))
+    data.open(training=True)
+    data.follow(module.model)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(
+        accelerator="cpu", max_epochs=1, limit_val_batches=0, enable_model_summary=False, **quiet
+    ).fit(module, data)
+
+    def pixels(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+        return images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+
+    theirs = {name: list(teacher.pretrained_cfg[name]) for name in own}
+    assert theirs != own
+    torch.testing.assert_close(pixels(seen["teacher"], **theirs), pixels(seen["student"], **own))
+    assert renormalisation(own, own) == []

@@ -86,6 +86,20 @@ def test_biases_and_norms_are_not_decayed():
     assert decay[module.model.head.bias] == decay[module.model.norm.weight] == 0.0
 
 
+@pytest.mark.parametrize("algorithm", ["value", "norm"])
+def test_gradients_are_clipped_as_the_trainer_says(algorithm):
+    module = classifier(optimizer={"opt": "sgd", "lr": 0.1})
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
+    trainer(max_epochs=1, **options).fit(module, loader(torch.arange(4)))
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    if algorithm == "value":
+        assert max(g.abs().max() for g in gradients) == pytest.approx(1e-3)
+        assert norm > 2e-3
+    else:
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_compiled_training_is_the_same_training():
     weights = []

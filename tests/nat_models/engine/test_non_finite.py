@@ -109,6 +109,21 @@ def test_several_in_a_row_stop_the_run_and_leave_the_batch(tmp_path):
     assert saved["batches"] == [torch.tensor([float("inf")])]
 
 
+@pytest.mark.parametrize("patience", [1, 10], ids=str)
+def test_batches_are_kept_only_where_the_run_may_stop(tmp_path, patience, monkeypatch):
+    kept = []
+    original = NonFiniteSteps.on_train_batch_end
+
+    def watched(self, *arguments):
+        original(self, *arguments)
+        kept.append(len(self._batches))
+
+    monkeypatch.setattr(NonFiniteSteps, "on_train_batch_end", watched)
+    guard = NonFiniteSteps(patience=patience, dirpath=str(tmp_path))
+    fit(guard, [1.0, 1.0, 1.0, 1.0], accumulate_grad_batches=4)
+    assert kept == ([1, 2, 3, 0] if patience == 1 else [0, 0, 0, 0])
+
+
 def test_an_accumulated_step_is_skipped_as_a_whole_and_all_its_batches_are_kept(tmp_path):
     guard = NonFiniteSteps(patience=1, dirpath=str(tmp_path))
     values = [1.0, 1.0, float("nan"), 2.0]
