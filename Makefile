@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 TEST := -m pytest $(ARGS)
 
-.PHONY: help train bench verify-weights test test-timm fuzz test-gpu lint fix type wheel
+.PHONY: help train bench report verify-weights test test-page test-timm fuzz test-gpu lint fix type wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,12 +23,18 @@ train: $(INSTALLED)  ## train the default experiment: a small NAT on real digits
 bench: $(INSTALLED)  ## measure throughput: make bench ARGS="model.name=nat_tiny"
 	$(BIN)/nat-bench $(ARGS)
 
+report: $(INSTALLED)  ## one page of all results, outputs/report/index.html, and the README's numbers; no GPU
+	PYTHONPATH=.:kernels $(BIN)/python benchmarks/report.py $(ARGS)
+
 verify-weights: $(INSTALLED)  ## download and check every published file: make verify-weights ARGS="'dinat_s_*'"
 	$(BIN)/python -m nat_models.verify_weights --record benchmarks/results/weights.json $(ARGS)
 
 test: $(INSTALLED)  ## run every test that needs no GPU
 	$(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal -m interpreter tests/kernels
+
+test-page: $(INSTALLED)  ## open the report's page in headless Chromium: apt-get install chromium-headless-shell
+	$(BIN)/python $(TEST) -m browser tests/benchmarks
 
 test-timm: $(INSTALLED)  ## run timm's own model tests, downloaded, on ours: make test-timm ARGS="nat_mini dinat_s_*"
 	$(BIN)/python tests/timm_suite.py $(ARGS)

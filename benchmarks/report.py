@@ -1,10 +1,11 @@
-"""Write the numbers of benchmarks/results/ into the README, between its `results` comments.
+"""All results as one page, and the README's numbers and picture, from benchmarks/results/ alone.
 
-python benchmarks/report.py            # rewrite README.md
-python benchmarks/report.py --check    # only say whether it is up to date
+python benchmarks/report.py            # outputs/report/, README.md, docs/images/throughput.png
+python benchmarks/report.py --check    # only say whether the README is up to date
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -12,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model_report
+from page import Section, page
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "images" / "throughput.png"
 Result = dict[str, Any]
 
 
@@ -50,23 +55,13 @@ def kernels(result: Result) -> str:
 
 
 def models(result: Result) -> str:
-    """Throughput of models."""
-    rows = [
-        [
-            f"`{r['model']}`",
-            f"{r['pass']}, {r['execution'].replace('_', ' ')}",
-            r["batch_size"],
-            f"{r['images_per_second']:,.0f}",
-            f"{r['peak_memory_mib'] / 1024:.1f}",
-        ]
-        for r in sorted(result["results"], key=lambda r: (r["pass"], r["execution"], r["model"]))
-        if r["status"] == "ok"
-    ]
-    precision = result["settings"]["precision"]
+    """Speed of models."""
     caption = (
-        f"Measured by `nat-bench` ({_source(result)}; autocast to {precision}, random images):"
+        f"{_source(result)}; 224 pixels, channels_last, random images and weights, all in one run. "
+        "`bfloat16` is autocast, `bfloat16-true` has weights of that type. Accuracies are the "
+        "authors'. `make report` makes a page of all cases."
     )
-    return f"{caption}\n\n{_table(['model', 'step', 'batch', 'images/s', 'peak GiB'], rows)}"
+    return f"{caption}\n\n{model_report.summary(result)}"
 
 
 # Comment in the README: result file, and the function that renders it.
@@ -89,16 +84,61 @@ def fill(text: str, results: Path) -> str:
     return text
 
 
+# Title, result files, tables as Markdown, and pictures: figures by name, or PNG files in a folder.
+Study = tuple[str, str, Callable[[Result], str], Callable[..., Any] | None]
+STUDIES: list[Study] = [
+    ("Models", "models*.json", model_report.tables, model_report.figures),
+    ("Operator", "kernels*.json", kernels, None),
+]
+
+
+def sections(results: Path, folder: Path) -> list[Section]:
+    """A section for each result file of each study; PNG files go into `folder`."""
+    found = []
+    for title, pattern, tables, pictures in STUDIES:
+        for path in sorted(results.glob(pattern), key=lambda path: path.stem):
+            result = json.loads(path.read_text())
+            section = Section(f"{title}: {path.stem}", tables(result))
+            if pictures is model_report.figures:
+                section.figures = pictures(result)
+                for name, figure in section.figures.items():
+                    figure.savefig(folder / f"{path.stem}-{name.replace(' ', '_')}.png", dpi=150)
+            elif pictures is not None:
+                section.images = pictures(result, folder)
+            found.append(section)
+    return found
+
+
+def draw_picture(results: Path, picture: Path) -> None:
+    """The README's picture; it holds the digest of its results."""
+    path = results / BLOCKS["models"][0]
+    figure = model_report.accuracy_throughput(json.loads(path.read_text()))
+    if figure is not None:
+        figure.savefig(picture, dpi=120, metadata={"Source": digest(path)})
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def main() -> int:
-    """Rewrite or check the README."""
+    """Rewrite or check the README; write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "report")
+    arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text()
     after = fill(before, RESULTS)
-    if parser.parse_args().check:
+    if arguments.check:
         return int(before != after)
     readme.write_text(after)
+    draw_picture(RESULTS, PICTURE)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    index = arguments.folder / "index.html"
+    index.write_text(page("nat-models: measured", sections(RESULTS, arguments.folder)))
+    print(f"README.md, {PICTURE.relative_to(ROOT)}, {index}")
     return 0
 
 

@@ -1,0 +1,104 @@
+import model_report
+import pytest
+from matplotlib.patches import Rectangle
+from model_process import Case
+
+PARTS = {"attention": 2.0, "matrix products": 3.0, "other": 1.0}
+
+
+def record(model, speed, backend=None, kind="inference", execution="compiled", batch_size=128):
+    case = Case(model, kind, execution, batch_size, attention_backend=backend)
+    return case.as_record() | {
+        "status": "ok",
+        "images_per_second": speed,
+        "spread": 0.01,
+        "latency_ms": {"p50": 1.25, "p95": 1.5},
+        "peak_memory_mib": 2048.0,
+        "component_ms": PARTS,
+        "attention_share": 1 / 3,
+        "mfu": 0.25,
+    }
+
+
+def result(*records):
+    versions = {"torch": "2.11", "triton": "3.6", "timm": "1.0"}
+    return {"device": "a GPU", "versions": versions, "date": "2026-01-01", "results": records}
+
+
+def texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_every_case_has_a_line():
+    failed = record("nat_mini", 1) | {"status": "out of memory"}
+    lines = model_report.everything(result(record("nat_tiny", 12345.6, "fused"), failed)).split(
+        "\n"
+    )
+    assert len(lines) == 4
+    assert "| 12,346 | 1.0% | 1.25 | 1.50 | 2.0 | 25% | 33% |" in lines[2]
+    assert "| out of memory |" in lines[3]
+
+
+def test_improvements_are_of_one_condition():
+    found = model_report.tables(
+        result(
+            record("nat_tiny", 100, "naive"),
+            record("nat_tiny", 150, "gemm"),
+            record("nat_tiny", 300, "fused"),
+            record("nat_tiny", 50, "naive", kind="training"),
+        )
+    )
+    last = found.split("\n")[-1]
+    assert "| 100 | 150 | 300 | +50 % | +200 % | +100 % |" in last
+    assert "training" not in last
+
+
+def test_the_summary_has_a_column_a_model_ours_first():
+    single = record("nat_tiny", 800, "fused", execution="cuda_graphs", batch_size=1)
+    table = model_report.summary(
+        result(
+            record("convnext_tiny", 2000),
+            record("nat_tiny", 3000, "fused"),
+            single,
+            record("nat_tiny", 9999, "naive"),
+        )  # fmt: skip
+    )
+    head, _, top1, *rows = table.split("\n")
+    assert head == "|  | `nat_tiny` | `convnext_tiny` |"
+    assert top1 == "| top-1, % | 83.2 | 82.1 |"
+    assert rows == [
+        "| inference, compiled, bfloat16, batch 128: img/s | 3,000 | 2,000 |",
+        "| inference, compiled, bfloat16, batch 128: peak GiB | 2.0 | 2.0 |",
+        "| inference, compiled, CUDA graphs, bfloat16, batch 1: ms | 1.25 | - |",
+    ]
+
+
+def test_the_fastest_execution_stands_for_a_model():
+    slow = record("nat_tiny", 1000, "fused", execution="eager")
+    records = slow, record("nat_tiny", 3000, "fused"), record("convnext_tiny", 2000)
+    figure = model_report.accuracy_throughput(result(*records))
+    [axes] = figure.axes
+    points = {tuple(line.get_xydata()[0]) for line in axes.lines}
+    assert points == {(3000, 83.2), (2000, 82.1)}
+    assert sorted(texts(figure)) == ["convnext_tiny", "nat_tiny"]
+
+
+def test_bars_add_up_to_the_step():
+    figure = model_report.components(result(record("nat_tiny", 12800, "fused")))
+    bars = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(10)  # 128 images at 12.8 a ms
+    tips = [bar.get_gid() for bar in bars]
+    assert "tip:nat_tiny fused, compiled: idle 4.00 ms" in tips
+
+
+def test_speed_ups_are_ratios_to_the_fused_kernels():
+    records = (record("nat_tiny", speed, name) for name, speed in
+               [("naive", 100), ("gemm", 150), ("fused", 300)])  # fmt: skip
+    figure = model_report.speed_ups(result(*records))
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [3.0, 2.0]
+
+
+def test_pictures_of_nothing_are_left_out():
+    only = {key: value for key, value in record("nat_tiny", 1, "fused").items()
+            if key != "component_ms"}  # fmt: skip
+    assert model_report.figures(result(only)) == {}
