@@ -20,9 +20,8 @@ from matplotlib.figure import Figure
 
 SVG = "http://www.w3.org/2000/svg"
 ElementTree.register_namespace("", SVG)
-ElementTree.register_namespace(
-    "xlink", "http://www.w3.org/1999/xlink"
-)  # HTML knows no other prefix
+# HTML knows no other prefix.
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 TIP = "tip:"
 
 

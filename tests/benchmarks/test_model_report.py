@@ -31,9 +31,8 @@ def texts(figure):
 
 def test_every_case_has_a_line():
     failed = record("nat_mini", 1) | {"status": "out of memory"}
-    lines = model_report.everything(result(record("nat_tiny", 12345.6, "fused"), failed)).split(
-        "\n"
-    )
+    measured = record("nat_tiny", 12345.6, "fused")
+    lines = model_report.everything(result(measured, failed)).split("\n")
     assert len(lines) == 4
     assert "| 12,346 | 1.0% | 1.25 | 1.50 | 2.0 | 25% | 33% |" in lines[2]
     assert "| out of memory |" in lines[3]
@@ -55,14 +54,8 @@ def test_improvements_are_of_one_condition():
 
 def test_the_summary_has_a_column_a_model_ours_first():
     single = record("nat_tiny", 800, "fused", execution="cuda_graphs", batch_size=1)
-    table = model_report.summary(
-        result(
-            record("convnext_tiny", 2000),
-            record("nat_tiny", 3000, "fused"),
-            single,
-            record("nat_tiny", 9999, "naive"),
-        )  # fmt: skip
-    )
+    others = record("convnext_tiny", 2000), record("nat_tiny", 9999, "naive")
+    table = model_report.summary(result(*others, record("nat_tiny", 3000, "fused"), single))
     head, _, top1, *rows = table.split("\n")
     assert head == "|  | `nat_tiny` | `convnext_tiny` |"
     assert top1 == "| top-1, % | 83.2 | 82.1 |"
