@@ -130,7 +130,7 @@ class Classifier(LightningModule):
     def on_fit_start(self) -> None:
         """Compile in place: the names of the weights stay."""
         if self.compiles:
-            self.model.compile()
+            self.model.compile(dynamic=False)  # FSDP2's blocks share code, but not their sizes
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule, stepped every update."""

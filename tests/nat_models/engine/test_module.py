@@ -86,6 +86,23 @@ def test_biases_and_norms_are_not_decayed():
     assert decay[module.model.head.bias] == decay[module.model.norm.weight] == 0.0
 
 
+def test_compiled_code_knows_its_sizes():
+    inputs = []
+
+    def backend(graph, _):
+        nodes = graph.graph.find_nodes(op="placeholder")
+        inputs.extend(node.meta["example_value"] for node in nodes)
+        return graph
+
+    module = classifier(compile=True)
+    module.model.compile = partial(module.model.compile, backend=backend)
+    module.on_fit_start()
+    for batch in (2, 3, 4):
+        module(torch.randn(batch, 3, 32, 32))
+    assert inputs
+    assert not any(isinstance(value, torch.SymInt) for value in inputs)
+
+
 @pytest.mark.parametrize("algorithm", ["value", "norm"])
 def test_gradients_are_clipped_as_the_trainer_says(algorithm):
     module = classifier(optimizer={"opt": "sgd", "lr": 0.1})
