@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import timm
+import torch
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 
 from nat_models.data import ImageDataModule
@@ -28,8 +30,9 @@ def measure_loading(cfg: DictConfig) -> dict[str, Any]:
     data.open(training=True)
     data.follow(timm.create_model(cfg.model.name))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=0, world_size=1, current_epoch=0, accumulate_grad_batches=1
-    )
+        global_rank=0, world_size=1, current_epoch=0, accumulate_grad_batches=1,
+        strategy=SingleDeviceStrategy(torch.device("cpu")),
+    )  # fmt: skip
     batches = iter(data.train_dataloader())
     for _ in islice(batches, cfg.warmup):
         pass

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import InterpolationMode
 
 from nat_models.data.images import Batch, Complaints, DecodedDataset, DecodedStream, collate
+from nat_models.data.prefetch import DevicePrefetcher
 from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
 from nat_models.data.sources import class_indices, count, num_classes, open_dataset
 from nat_models.data.streams import StreamLoader, share
@@ -182,22 +183,24 @@ class ImageDataModule(LightningDataModule):
         pixels = torch.as_tensor(transform(picture))
         return self._normalise(pixels), pixels.permute(1, 2, 0).squeeze(-1).numpy()
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | DevicePrefetcher:
         """Batches of uint8 images and class indices, from where a resumed trainer stands."""
         assert self.trainer is not None
         augment = {**(self.settings.augment or {}), "is_training": True}
         data = self._transformed("train", **augment)
         seed = self.settings.seed
         if isinstance(data, DecodedStream):
-            return self._stream(data, training=True)
+            return self._on_device(self._stream(data, training=True))
         size = self.settings.batch_size
         sampler = EpochSampler(
             data, seed, self.trainer.global_rank, self.trainer.world_size,
             share=size * self.trainer.accumulate_grad_batches,
         )  # fmt: skip
         sampler.set_epoch(self._epoch, self._batches_done * size)
-        return self._loader(
-            SeededDataset(data, seed), sampler=sampler, batch_size=size, drop_last=True
+        return self._on_device(
+            self._loader(
+                SeededDataset(data, seed), sampler=sampler, batch_size=size, drop_last=True
+            )
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -317,6 +320,10 @@ class ImageDataModule(LightningDataModule):
             batches_a_step=trainer.accumulate_grad_batches,
             in_any_process=self._in_any_process,
         )
+
+    def _on_device(self, loader: DataLoader[Batch]) -> DataLoader[Batch] | DevicePrefetcher:
+        device = self.trainer.strategy.root_device  # type: ignore[union-attr]
+        return DevicePrefetcher(loader, device) if device.type == "cuda" else loader
 
     def _in_any_process(self, here: bool) -> bool:
         strategy: Any = self.trainer.strategy  # type: ignore[union-attr]

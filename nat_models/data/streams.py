@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from torch import Generator
+from torch import Generator, cuda
 from torch.utils.data import DataLoader
 
 from nat_models.data.images import DecodedStream, collate
@@ -65,6 +65,7 @@ class StreamLoader(DataLoader[Any]):
             drop_last=training,
             collate_fn=collate,
             generator=Generator(),
+            pin_memory=cuda.is_available(),
         )
         self.stream = data
         self.epoch = epoch

@@ -1,0 +1,46 @@
+"""Copying to a GPU beside its work."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+
+class DevicePrefetcher:
+    """A loader whose images are on a GPU when they are asked for.
+
+    While a batch is worked on, the next one is copied in a stream of its own. (timm's loader of
+    that kind takes pairs alone, and normalises and erases before our random generators are seeded.)
+
+    Args:
+        loader: Gives batches whose first part is the images, in pinned memory.
+        device: The GPU.
+    """
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
+        self.loader = loader
+        self.sampler = loader.sampler  # Lightning tells it the epoch
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        copying = torch.cuda.Stream(self.device)
+        waiting: Any = None
+        for images, *rest in self.loader:
+            with torch.cuda.stream(copying):
+                images = images.to(self.device, non_blocking=True)
+            copied = copying.record_event()
+            if waiting is not None:
+                yield self._received(*waiting)
+            waiting = images, rest, copied
+        if waiting is not None:
+            yield self._received(*waiting)
+
+    def _received(self, images: torch.Tensor, rest: list[Any], copied: torch.cuda.Event) -> Any:
+        working = torch.cuda.current_stream(self.device)
+        working.wait_event(copied)
+        images.record_stream(working)  # its memory must not be given away before the work is done
+        return images, *rest
