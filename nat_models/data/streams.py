@@ -22,7 +22,9 @@ def share(source: Any, rank: int, world_size: int, training: bool) -> None:
         world_size: Number of processes.
         training: Which of the two.
     """
-    reader, shards = source.reader, source.reader.split_info.filenames
+    reader = source.reader
+    # Remembered: a second loader divides the same whole.
+    shards = reader.all_shards = getattr(reader, "all_shards", reader.split_info.filenames)
     if len(shards) < world_size:
         raise ValueError(f"data.root={reader.root}: {len(shards)} shards, {world_size} processes")
     if training:

@@ -1,14 +1,17 @@
 """Two processes, started as torchrun starts them, train and evaluate as one."""
 
+import io
 import json
 import os
 import socket
+import tarfile
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from nat_models.engine import run
 
@@ -53,16 +56,13 @@ def process(rank: int, port: int, cfg) -> None:
     run.train(cfg)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_in_one_folder(compose, alone, tmp_path, strategy):
+def run_both(cfgs) -> None:
+    """Train in two processes, each by its own configuration."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [*OPTIONS, "data.batch_size=8", "trainer.devices=2", f"trainer.strategy={strategy}"]
     processes = []
-    for rank in range(2):  # each composes by itself, at another time
-        cfg = compose("train", *options, f"paths.output_dir={tmp_path}/{rank}")
+    for rank, cfg in enumerate(cfgs):
         processes.append(get_context("fork").Process(target=process, args=(rank, port, cfg)))
         processes[-1].start()
     try:
@@ -73,6 +73,13 @@ def test_two_processes_train_as_one_in_one_folder(compose, alone, tmp_path, stra
     finally:
         for one in processes:
             one.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_in_one_folder(compose, alone, tmp_path, strategy):
+    options = [*OPTIONS, "data.batch_size=8", "trainer.devices=2", f"trainer.strategy={strategy}"]
+    run_both([compose("train", *options, f"paths.output_dir={tmp_path}/{rank}") for rank in (0, 1)])
     assert os.listdir(tmp_path) == ["0"]
     log = (tmp_path / "0" / "train.log").read_text()
     assert log.count("device ") == log.count("epoch 1/1") == 1
@@ -87,3 +94,28 @@ def test_two_processes_train_as_one_in_one_folder(compose, alone, tmp_path, stra
         json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "0", alone)
     )
     assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_shards_of_unequal_length_do_not_hang_a_sharded_model(compose, tmp_path):
+    pytest.importorskip("webdataset", reason="comes with nat-models[data]")
+    for shard, images in enumerate((20, 4)):  # the processes evaluate 3 batches and 1
+        with tarfile.open(tmp_path / f"part-{shard}.tar", "w") as tar:
+            for i in range(images):
+                file = io.BytesIO()
+                Image.new("L", (16, 16), 10 * i).save(file, "PNG")
+                for name, content in (("png", file.getvalue()), ("cls", str(i % 10).encode())):
+                    info = tarfile.TarInfo(f"{i:04}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    split = "'part-{0..1}.tar|24'"
+    options = [
+        "data=wds", f"data.root={tmp_path}", f"data.train_split={split}", f"data.val_split={split}",
+        "data.batch_size=8", "data.num_workers=0", "data.input_size=[1,16,16]",
+        "model.num_classes=10", "callbacks.progress=null", "trainer.accelerator=cpu",
+        "trainer.max_epochs=1", "scheduler.warmup_epochs=0", "trainer.devices=2",
+        "trainer.strategy=fsdp2", f"paths.output_dir={tmp_path}/run",
+    ]  # fmt: skip
+    run_both([compose("train", *options) for _ in range(2)])
+    assert "top-1" in (tmp_path / "run" / "train.log").read_text()

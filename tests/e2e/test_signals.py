@@ -11,6 +11,7 @@ import pytest
 
 from nat_models.engine import run
 from nat_models.engine.module import Classifier
+from nat_models.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,8 +42,10 @@ def test_sigterm_stops_all_processes_exits_with_143_and_the_run_can_go_on(
 
     [folder] = tmp_path.glob("stopped/*")
     assert (folder / "train.log").read_text().count("device ") == 1
-    one = ["data.batch_size=128", "trainer.max_epochs=2", "ckpt=last"]
-    run.train(compose("train", *options, *one))
+    one = ["trainer.max_epochs=2", "ckpt=last"]
+    with pytest.raises(ConfigError, match=r"last\.ckpt: saved .* with 128 images a step, now 64"):
+        run.train(compose("train", *options, *one, "data.batch_size=64"))
+    run.train(compose("train", *options, *one, "data.batch_size=128"))
     assert list(losses(folder)) == list(range(2 * (1438 // 128)))
 
 
