@@ -13,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import limits
 import model_report
+import paper
 from page import Section, page
+
+import kernels as operator
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,9 +44,7 @@ def kernels(result: Result) -> str:
             *(_over_floor(r, name) for name in ("forward", "backward")),
         ]
         for r in result["results"]
-        if r["dtype"] == "bfloat16"
-        and r.get("provider", "fused") == "fused"
-        and r.get("main", True)
+        if r["dtype"] == "bfloat16" and r["provider"] == "fused" and r["main"]
     ]
     first = result["results"][0]
     window = f"{first['kernel_size']}x{first['kernel_size']}"
@@ -88,7 +90,9 @@ def fill(text: str, results: Path) -> str:
 Study = tuple[str, str, Callable[[Result], str], Callable[..., Any] | None]
 STUDIES: list[Study] = [
     ("Models", "models*.json", model_report.tables, model_report.figures),
-    ("Operator", "kernels*.json", kernels, None),
+    ("Operator", "kernels*.json", operator.tables, operator.plots),
+    ("Generations of kernels", "paper*.json", paper.tables, paper.plots),
+    ("Large maps", "limits*.json", limits.tables, limits.plots),
 ]
 
 

@@ -105,7 +105,9 @@ def test_improvements_are_those_of_the_definition():
     assert paper_tables.improvements(records, "fused", "naive", "forward") == [200, -50]
     both = paper_tables.improvements(records, "fused", "naive", "forward and backward")
     assert both == [100, -50]
-    assert paper_tables.matched(records, "fused", "naive", "forward") == "50.0%"
+    assert paper_tables.matched([*records, records[0]], "fused", "naive", "forward") == "66.7%"
+    equal = [record(naive=(100, 1), gemm=(101, 1)), record(naive=(100, 1), gemm=(102, 1))]
+    assert paper_tables.matched(equal, "gemm", "naive", "forward") == "50.0%"  # 1 % is noise
     assert paper_tables.summary(records, "fused", "naive", "forward") == "75 % (-50, 200)"
     assert paper_tables.summary(records, "fused", "flex", "forward") == "-"
 
