@@ -161,6 +161,7 @@ class Ahead:
         parts = list(parts)
         processes = max(1, min(14, (os.cpu_count() or 3) - 2, len(parts)))
         self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        self._told: set[str] = set()
         self._futures = {part: self._pool.submit(part) for part in parts}
 
     def wait(self, part: Callable[[], Any], deadline: Deadline) -> Any:
@@ -174,7 +175,10 @@ class Ahead:
         except (TimeoutError, CancelledError):
             raise builtins.TimeoutError from None
         except Exception as error:
-            print(f"ahead: {part}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            message = f"{type(error).__name__}: {str(error)[:300]}"
+            if message not in self._told:  # a process that died breaks all that follows
+                print(f"ahead: {part}: {message}", flush=True)
+            self._told.add(message)
             return None
 
     def __enter__(self) -> "Ahead":

@@ -87,8 +87,8 @@ def describe_device() -> Record:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "python": platform.python_version(),
-            "driver": driver,
         },
+        "driver": driver,  # machines of one kind may differ in it
         "multiprocessor": {
             "count": properties.multi_processor_count,
             "registers": properties.regs_per_multiprocessor,
