@@ -26,9 +26,9 @@ from nat_models.benchmark.measure import (
 )
 from nat_models.benchmark.steps import Step
 
-# Started once with all modules imported; each case's process is a fork of it.
+# Each case's process is a fork of one that has imported what takes long.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["model_process"])
+_processes.set_forkserver_preload(["nat_models.benchmark.measure"])
 
 
 def measure_together(
