@@ -11,11 +11,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import limits
 import model_report
 import paper
+from matplotlib.figure import Figure
+from measuring import markdown_table
 from page import Section, page
 
 import kernels as operator
@@ -53,7 +55,7 @@ def kernels(result: Result) -> str:
         f"{first['batch']}, {window} windows, {first['head_dim']} channels a head), and the ratio "
         "to the time that the memory traffic alone takes:"
     )
-    return f"{caption}\n\n{_table(['map', 'forward', 'backward'], rows)}"
+    return f"{caption}\n\n{markdown_table(['map', 'forward', 'backward'], rows)}"
 
 
 def models(result: Result) -> str:
@@ -86,30 +88,43 @@ def fill(text: str, results: Path) -> str:
     return text
 
 
-# Title, result files, tables as Markdown, and pictures: figures by name, or PNG files in a folder.
-Study = tuple[str, str, Callable[[Result], str], Callable[..., Any] | None]
-STUDIES: list[Study] = [
-    ("Models", "models*.json", model_report.tables, model_report.figures),
-    ("Operator", "kernels*.json", operator.tables, operator.plots),
-    ("Generations of kernels", "paper*.json", paper.tables, paper.plots),
-    ("Large maps", "limits*.json", limits.tables, limits.plots),
+class Study(NamedTuple):
+    """What the page shows of a study's result files.
+
+    Attributes:
+        title: Of its sections.
+        pattern: Names of its result files.
+        tables: A result's tables, as Markdown.
+        figures: Its pictures by name.
+        plots: Or its pictures as PNG files, drawn into a folder.
+    """
+
+    title: str
+    pattern: str
+    tables: Callable[[Result], str]
+    figures: Callable[[Result], dict[str, Figure]] = lambda result: {}
+    plots: Callable[[Result, Path], list[Path]] = lambda result, folder: []
+
+
+STUDIES = [
+    Study("Models", "models*.json", model_report.tables, figures=model_report.figures),
+    Study("Operator", "kernels*.json", operator.tables, plots=operator.plots),
+    Study("Generations of kernels", "paper*.json", paper.tables, plots=paper.plots),
+    Study("Large maps", "limits*.json", limits.tables, plots=limits.plots),
 ]
 
 
 def sections(results: Path, folder: Path) -> list[Section]:
-    """A section for each result file of each study; PNG files go into `folder`."""
+    """A section for each result file of each study; all pictures go into `folder` as PNG files."""
     found = []
-    for title, pattern, tables, pictures in STUDIES:
-        for path in sorted(results.glob(pattern), key=lambda path: path.stem):
+    for study in STUDIES:
+        for path in sorted(results.glob(study.pattern), key=lambda path: path.stem):
             result = json.loads(path.read_text())
-            section = Section(f"{title}: {path.stem}", tables(result))
-            if pictures is model_report.figures:
-                section.figures = pictures(result)
-                for name, figure in section.figures.items():
-                    figure.savefig(folder / f"{path.stem}-{name.replace(' ', '_')}.png", dpi=150)
-            elif pictures is not None:
-                section.images = pictures(result, folder)
-            found.append(section)
+            figures, images = study.figures(result), study.plots(result, folder)
+            for name, figure in figures.items():
+                figure.savefig(folder / f"{path.stem}-{name.replace(' ', '-')}.png", dpi=150)
+            title = f"{study.title}: {path.stem}"
+            found.append(Section(title, study.tables(result), figures, images))
     return found
 
 
@@ -157,11 +172,6 @@ def _source(result: Result) -> str:
         f"{result['device']}, torch {versions['torch']}, Triton {versions['triton']}, "
         f"{result['date'][:10]}"
     )
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -28,5 +28,5 @@ def test_every_result_of_a_study_has_its_section(tmp_path):
     sections = report.sections(report.RESULTS, tmp_path)
     titles = [section.title for section in sections]
     assert titles.index("Models: models-h100") < titles.index("Operator: kernels-h100")
-    drawn = {f"models-h100-{name.replace(' ', '_')}.png" for name in sections[0].figures}
+    drawn = {f"models-h100-{name.replace(' ', '-')}.png" for name in sections[0].figures}
     assert drawn == {path.name for path in tmp_path.glob("models-h100-*.png")} != set()
