@@ -112,3 +112,19 @@ def test_killed_and_resumed_equals_uninterrupted(
     cfg.ckpt = f"{tmp_path}/last.ckpt"
     run.train(cfg)
     check()
+
+
+@pytest.mark.gpu
+def test_the_scaler_of_fp16_goes_on_where_it_was(compose, small, tmp_path):
+    options = [*small, "trainer.accelerator=gpu", "trainer.devices=1", "trainer.precision=16-mixed"]
+    options += ["trainer.limit_train_batches=8", "trainer.limit_val_batches=1"]
+
+    def scaler(folder: str, *more: str) -> dict[str, float]:
+        run.train(compose("train", *options, f"paths.output_dir={tmp_path}/{folder}", *more))
+        return torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["MixedPrecision"]
+
+    whole = scaler("whole", "trainer.max_epochs=2")
+    first = scaler("parts", "trainer.max_epochs=1", "scheduler.warmup_epochs=0")
+    rest = scaler("parts", "trainer.max_epochs=2", f"ckpt={tmp_path}/parts/last.ckpt")
+    assert first["_growth_tracker"] < rest["_growth_tracker"]
+    assert (rest["scale"], rest["_growth_tracker"]) == (whole["scale"], whole["_growth_tracker"])
