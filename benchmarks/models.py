@@ -11,8 +11,9 @@ a group that would not end in time, and the same command continues.
 
 Images a second are those of successive calls in a stream; latency is that of a call that is waited
 for. Peak memory is what the allocator gave out at most. MFU is the model's multiplications and
-additions (three times the forward's for training) over the device's published dense peak. Needs
-PyTorch, Triton, timm, omegaconf and hydra-core.
+additions (three times the forward's for training) over the device's published dense peak.
+
+Needs PyTorch, Triton, timm, omegaconf and hydra-core.
 """
 
 import argparse
