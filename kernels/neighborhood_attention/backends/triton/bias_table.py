@@ -21,15 +21,16 @@ from neighborhood_attention.backends.triton.launch import (
     plan_arguments,
     window_arguments,
 )
+from neighborhood_attention.backends.triton.registers import in_registers
 from neighborhood_attention.backends.triton.tiles import TilePlan, three_axes
 from neighborhood_attention.backends.triton.window import (
     attending_end,
     attending_start,
     bias_index,
     block_positions,
+    flat_block,
     group_length,
     strip_start,
-    table_block,
     tile_range,
     window_end,
     window_start,
@@ -72,7 +73,8 @@ def _build_kernel(
     rpb, table, heads, size, types, tiles, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, OF_KEYS: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One strip of one entry. Grid: (heads * types * strips,)."""
     ALL_STRIPS: tl.constexpr = STRIPS[0] * STRIPS[1] * STRIPS[2]
@@ -104,7 +106,10 @@ def _build_kernel(
     if table.dtype.element_ty == tl.float16:
         bias = tl.minimum(tl.maximum(bias, -65504.0), 65504.0)  # infinity has another meaning
     bias = tl.where(attends, bias, float("-inf")).to(table.dtype.element_ty)
-    tl.store(table_block(table, block, attends.shape[0], attends.shape[1]), bias)
+    ROWS: tl.constexpr = attends.shape[0]
+    COLUMNS: tl.constexpr = attends.shape[1]
+    bias = in_registers(bias, ROWS, COLUMNS, ROW_WARPS, COLUMN_WARPS)
+    tl.store(flat_block(table, block, ROWS * COLUMNS), bias)
 
 
 @triton.jit

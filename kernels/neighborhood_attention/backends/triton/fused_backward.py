@@ -46,6 +46,7 @@ from neighborhood_attention.backends.triton.launch import (
     plan_arguments,
     window_arguments,
 )
+from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import (
     Tile,
     TilePlan,
@@ -54,8 +55,8 @@ from neighborhood_attention.backends.triton.tiles import (
 )
 from neighborhood_attention.backends.triton.window import (
     additional_scores,
-    block_tokens,
     count_strips,
+    flat_block,
     group_lengths,
     load_additional,
     load_tokens,
@@ -64,12 +65,13 @@ from neighborhood_attention.backends.triton.window import (
     masked_scores,
     store_tokens,
     strip_start,
-    table_block,
+    strip_tokens,
     table_entry,
     tile_ranges,
     tile_tokens,
     token_index,
     token_offsets,
+    with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
 
@@ -186,6 +188,7 @@ def _query_gradient_kernel(
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -209,11 +212,11 @@ def _query_gradient_kernel(
     lse += first_token
     delta += first_token
     entry *= STRIPS[0] * STRIPS[1] * STRIPS[2]
-    table = table_block(table + head * table_stride, entry, TILE_TOKENS, STRIP_TOKENS)
+    table = flat_block(table + head * table_stride, entry, TILE_TOKENS * STRIP_TOKENS)
 
     token = token_index(query_token, size, heads, WIDE)
     query_offsets = token_offsets(query_token, query_strides, WIDE)
-    q = load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D)
+    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), scale)
     grad_offsets = token_offsets(query_token, grad_output_strides, WIDE)
     do = load_tokens(grad_output, grad_offsets, is_query, VALUE_DIM, BLOCK_V)
     o = load_tokens(output, token * VALUE_DIM, is_query, VALUE_DIM, BLOCK_V)
@@ -240,16 +243,21 @@ def _query_gradient_kernel(
             ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    for strip in range(count_strips(start, end, STRIP, STRIPS)):
+    strips = count_strips(start, end, STRIP, STRIPS)
+    next_bias = tl.load(table)  # one strip ahead: see the forward
+    for strip in range(strips):
         first = strip_start(strip, start, STRIP, STRIPS)
-        key_token, is_key = block_tokens(first, length, group, DILATION, STRIP)
+        key_token = strip_tokens(first, end, group, DILATION, STRIP)
         key_offsets = token_offsets(key_token, key_strides, WIDE)
         value_offsets = token_offsets(key_token, value_strides, WIDE)
-        k = load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value, value_offsets, is_key, VALUE_DIM, BLOCK_V)
-        bias = tl.load(table + strip * (TILE_TOKENS * STRIP_TOKENS)).to(tl.float32)
+        k = load_tokens(key, key_offsets, None, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value, value_offsets, None, VALUE_DIM, BLOCK_V)
+        bias = in_rows(next_bias, TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
+        next_strip = tl.minimum(strip + 1, strips - 1)
+        next_bias = tl.load(table + next_strip * (TILE_TOKENS * STRIP_TOKENS))
 
-        s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
+        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = masked_scores(dots, scale, bias.to(tl.float32))
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s - row_lse[:, None])
         ds = masked_gradient(p, dp, row_delta[:, None])
@@ -268,6 +276,7 @@ def _key_gradient_kernel(
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -289,35 +298,37 @@ def _key_gradient_kernel(
     lse += image * size[0] * size[1] * size[2] * heads
     delta += image * size[0] * size[1] * size[2] * heads
     entry *= STRIPS[0] * STRIPS[1] * STRIPS[2]
-    table = table_block(table, entry, TILE_TOKENS, STRIP_TOKENS)
+    table = flat_block(table, entry, TILE_TOKENS * STRIP_TOKENS)
 
     key_offsets = token_offsets(key_token, key_strides, WIDE)
     value_offsets = token_offsets(key_token, value_strides, WIDE)
-    k = load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D)
+    k = with_sign(load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D), scale)
     v = load_tokens(value, value_offsets, is_key, VALUE_DIM, BLOCK_V)
     dk = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
     dv = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)
 
     for head in range(key_head * heads_per_key, (key_head + 1) * heads_per_key):
-        for strip in range(count_strips(start, end, STRIP, STRIPS)):
+        strips = count_strips(start, end, STRIP, STRIPS)
+        next_bias = tl.load(table + head * table_stride)  # one strip ahead: see the forward
+        for strip in range(strips):
             first = strip_start(strip, start, STRIP, STRIPS)
-            query_token, is_query = block_tokens(first, length, group, DILATION, STRIP)
+            query_token = strip_tokens(first, end, group, DILATION, STRIP)
             query_offsets = token_offsets(query_token, query_strides, WIDE)
             grad_offsets = token_offsets(query_token, grad_output_strides, WIDE)
             token = token_index(query_token, size, heads, WIDE)
-            q = load_tokens(
-                query + head * query_strides[4], query_offsets, is_query, HEAD_DIM, BLOCK_D
-            )
+            q = load_tokens(query + head * query_strides[4], query_offsets, None, HEAD_DIM, BLOCK_D)
             do = load_tokens(
-                grad_output + head * grad_output_strides[4], grad_offsets, is_query,
-                VALUE_DIM, BLOCK_V,
+                grad_output + head * grad_output_strides[4], grad_offsets, None, VALUE_DIM, BLOCK_V
             )  # fmt: skip
-            row_lse = tl.load(lse + head + token, mask=is_query, other=0.0) * 1.4426950408889634
-            row_delta = tl.load(delta + head + token, mask=is_query, other=0.0)
-            bias = tl.load(table + head * table_stride + strip * (TILE_TOKENS * STRIP_TOKENS))
-            bias = bias.to(tl.float32)
+            row_lse = tl.load(lse + head + token) * 1.4426950408889634
+            row_delta = tl.load(delta + head + token)
+            bias = in_rows(next_bias, TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
+            next_strip = tl.minimum(strip + 1, strips - 1)
+            next_strip *= TILE_TOKENS * STRIP_TOKENS
+            next_bias = tl.load(table + head * table_stride + next_strip)
 
-            s = masked_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, bias)
+            dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            s = masked_scores(dots, scale, bias.to(tl.float32))
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             p = tl.exp2(s - row_lse[None, :])
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)

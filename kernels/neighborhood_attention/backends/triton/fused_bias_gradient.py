@@ -15,11 +15,12 @@ from torch import Tensor
 
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import Tile, TilePlan, plan_tiles
 from neighborhood_attention.backends.triton.window import (
     block_positions,
-    block_tokens,
     count_items,
+    flat_block,
     group_lengths,
     groups_alike,
     load_tokens,
@@ -28,12 +29,14 @@ from neighborhood_attention.backends.triton.window import (
     masked_gradient,
     masked_scores,
     strip_start,
+    strip_tokens,
     table_block,
     table_entry,
     tile_ranges,
     tile_tokens,
     token_index,
     token_offsets,
+    with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
 
@@ -123,6 +126,7 @@ def _partial_kernel(
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -139,11 +143,12 @@ def _partial_kernel(
     share = block // ALL_STRIPS // positions // heads
     groups = groups_alike(group, size, DILATION)
     length = group_lengths(group, size, DILATION)
-    start, _ = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
+    start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
     first = strip_start(strip, start, STRIP, STRIPS)
     entry = table_entry(tile, group, size, length, front, back, DILATION, TILE) * ALL_STRIPS
-    table = table_block(table + head * table_stride, entry + strip, TILE_TOKENS, STRIP_TOKENS)
-    bias = tl.load(table).to(tl.float32)
+    table = flat_block(table + head * table_stride, entry + strip, TILE_TOKENS * STRIP_TOKENS)
+    bias = in_rows(tl.load(table), TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
+    bias = bias.to(tl.float32)
     total = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)
     query += head * query_strides[4]
     key += head // heads_per_key * key_strides[4]
@@ -154,7 +159,7 @@ def _partial_kernel(
     for item in range(share, items, shares):
         image, this_group = locate_item(item, group, groups)
         query_token, is_query = tile_tokens(tile, length, this_group, DILATION, TILE)
-        key_token, is_key = block_tokens(first, length, this_group, DILATION, STRIP)
+        key_token = strip_tokens(first, end, this_group, DILATION, STRIP)
         query_offsets = token_offsets(query_token, query_strides, WIDE)
         key_offsets = token_offsets(key_token, key_strides, WIDE)
         value_offsets = token_offsets(key_token, value_strides, WIDE)
@@ -166,13 +171,14 @@ def _partial_kernel(
             grad_output + image * grad_output_strides[0], grad_offsets, is_query,
             VALUE_DIM, BLOCK_V,
         )  # fmt: skip
-        k = load_tokens(key + image * key_strides[0], key_offsets, is_key, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value + image * value_strides[0], value_offsets, is_key, VALUE_DIM, BLOCK_V)
+        k = load_tokens(key + image * key_strides[0], key_offsets, None, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + image * value_strides[0], value_offsets, None, VALUE_DIM, BLOCK_V)
         token = token_index(query_token, size, heads, WIDE)
         token += image * size[0] * size[1] * size[2] * heads + head
         row_lse = tl.load(lse + token, mask=is_query, other=0.0) * 1.4426950408889634
         row_delta = tl.load(delta + token, mask=is_query, other=0.0)
 
+        q = with_sign(q, scale)
         s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s - row_lse[:, None])

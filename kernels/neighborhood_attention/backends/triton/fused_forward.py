@@ -29,24 +29,27 @@ from neighborhood_attention.backends.triton.launch import (
     plan_arguments,
     window_arguments,
 )
+from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import choose_tiles, plan_tiles
 from neighborhood_attention.backends.triton.window import (
     additional_scores,
-    block_tokens,
     count_strips,
+    flat_block,
     group_lengths,
+    is_overflow,
     load_additional,
     load_tokens,
     locate_tile,
     masked_scores,
     store_tokens,
     strip_start,
-    table_block,
+    strip_tokens,
     table_entry,
     tile_ranges,
     tile_tokens,
     token_index,
     token_offsets,
+    with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
 
@@ -94,8 +97,9 @@ def _forward_kernel(
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -114,10 +118,10 @@ def _forward_kernel(
     output += first_token * VALUE_DIM
     lse += first_token
     entry *= STRIPS[0] * STRIPS[1] * STRIPS[2]
-    table = table_block(table + head * table_stride, entry, TILE_TOKENS, STRIP_TOKENS)
+    table = flat_block(table + head * table_stride, entry, TILE_TOKENS * STRIP_TOKENS)
 
     query_offsets = token_offsets(query_token, query_strides, WIDE)
-    q = load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D)
+    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), scale)
     running_max = tl.full((TILE_TOKENS,), -1.0e38, tl.float32)
     running_sum = tl.zeros((TILE_TOKENS,), tl.float32)
     running_output = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)
@@ -140,21 +144,25 @@ def _forward_kernel(
 
     for strip in range(count_strips(start, end, STRIP, STRIPS)):
         first = strip_start(strip, start, STRIP, STRIPS)
-        key_token, is_key = block_tokens(first, length, group, DILATION, STRIP)
+        key_token = strip_tokens(first, end, group, DILATION, STRIP)
         key_offsets = token_offsets(key_token, key_strides, WIDE)
-        value_offsets = token_offsets(key_token, value_strides, WIDE)
-        k = load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value, value_offsets, is_key, VALUE_DIM, BLOCK_V)
-        bias = tl.load(table + strip * (TILE_TOKENS * STRIP_TOKENS)).to(tl.float32)
-        s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
+        value_offsets = key_offsets
+        if not EQUAL_STRIDES:
+            value_offsets = token_offsets(key_token, value_strides, WIDE)
+        k = load_tokens(key, key_offsets, None, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value, value_offsets, None, VALUE_DIM, BLOCK_V)
+        bias = tl.load(table + strip * (TILE_TOKENS * STRIP_TOKENS))
+        bias = in_rows(bias, TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
+        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = masked_scores(dots, scale, bias.to(tl.float32))
         running_max, running_sum, running_output = _add_strip(
             running_max, running_sum, running_output, s, v, PRECISION
         )
 
     # No softmax of what `masked_scores` clamped.
-    running_sum = tl.where(running_max > 1.0e38, float("nan"), running_sum)
+    running_sum = tl.where(is_overflow(running_max, scale), float("nan"), running_sum)
     token = token_index(query_token, size, heads, WIDE)
-    result = running_output / running_sum[:, None]
+    result = running_output * (1.0 / running_sum)[:, None]
     store_tokens(output, token * VALUE_DIM, is_query, result, VALUE_DIM, BLOCK_V)
     result = (running_max + tl.log2(running_sum)) / 1.4426950408889634
     tl.store(lse + token, result, mask=is_query)

@@ -16,10 +16,11 @@ from torch import Tensor
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.fused_bias_gradient import BiasReduction
 from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
-    block_tokens,
     count_items,
+    flat_block,
     group_lengths,
     groups_alike,
     load_tokens,
@@ -29,12 +30,14 @@ from neighborhood_attention.backends.triton.window import (
     masked_scores,
     store_tokens,
     strip_start,
+    strip_tokens,
     table_block,
     table_entry,
     tile_ranges,
     tile_tokens,
     token_index,
     token_offsets,
+    with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
 
@@ -81,6 +84,7 @@ def _query_bias_gradient_kernel(
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
@@ -96,15 +100,17 @@ def _query_bias_gradient_kernel(
     tile, first_group = locate_position(position, size, tiles, DILATION)
     groups = groups_alike(first_group, size, DILATION)
     length = group_lengths(first_group, size, DILATION)
-    start, _ = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
+    start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
     entry = table_entry(tile, first_group, size, length, front, back, DILATION, TILE) * ALL_STRIPS
-    table = table_block(table + head * table_stride, entry, TILE_TOKENS, STRIP_TOKENS)
+    table = flat_block(table + head * table_stride, entry, TILE_TOKENS * STRIP_TOKENS)
     query += head * query_strides[4]
     key += head // heads_per_key * key_strides[4]
     value += head // heads_per_key * value_strides[4]
     grad_output += head * grad_output_strides[4]
     grad_query += head * grad_query_strides[4]
     output += head * VALUE_DIM
+    bias_0 = tl.load(table)
+    bias_1 = tl.load(table + (ALL_STRIPS - 1) * (TILE_TOKENS * STRIP_TOKENS))
     sum_0 = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)
     sum_1 = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)
 
@@ -130,20 +136,24 @@ def _query_bias_gradient_kernel(
         if grad_lse is not None:
             row_delta -= tl.load(grad_lse + row, mask=is_query, other=0.0)
         tl.store(delta + row, row_delta, mask=is_query)
+        q = with_sign(q, scale)
         dq = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
         for strip in tl.static_range(ALL_STRIPS):
             first = strip_start(strip, start, STRIP, STRIPS)
-            key_token, is_key = block_tokens(first, length, group, DILATION, STRIP)
+            key_token = strip_tokens(first, end, group, DILATION, STRIP)
             key_offsets = token_offsets(key_token, key_strides, WIDE)
             value_offsets = key_offsets
             if not EQUAL_STRIDES:
                 value_offsets = token_offsets(key_token, value_strides, WIDE)
-            k = load_tokens(key + image * key_strides[0], key_offsets, is_key, HEAD_DIM, BLOCK_D)
+            k = load_tokens(key + image * key_strides[0], key_offsets, None, HEAD_DIM, BLOCK_D)
             v = load_tokens(
-                value + image * value_strides[0], value_offsets, is_key, VALUE_DIM, BLOCK_V
+                value + image * value_strides[0], value_offsets, None, VALUE_DIM, BLOCK_V
             )
-            bias = tl.load(table + strip * (TILE_TOKENS * STRIP_TOKENS)).to(tl.float32)
-            s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
+            bias = in_rows(
+                bias_0 if strip == 0 else bias_1, TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS
+            )
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = masked_scores(dots, scale, bias.to(tl.float32))
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             p = tl.exp2(s - row_lse[:, None])
             ds = masked_gradient(p, dp, row_delta[:, None])

@@ -16,8 +16,10 @@ from torch import Tensor
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.fused_bias_gradient import BiasReduction
 from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
+    flat_block,
     group_lengths,
     groups_alike,
     load_tokens,
@@ -26,11 +28,13 @@ from neighborhood_attention.backends.triton.window import (
     masked_gradient,
     masked_scores,
     store_tokens,
+    strip_tokens,
     table_block,
     table_entry,
     tile_tokens,
     token_index,
     token_offsets,
+    with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
 
@@ -79,6 +83,7 @@ def _whole_group_kernel(
     grad_query_strides, grad_key_strides, grad_value_strides,
     table_stride, batch, shares, positions, size, heads, scale, tiles, front, back,
     DILATION: tl.constexpr, TILE: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +97,8 @@ def _whole_group_kernel(
     groups = groups_alike(first_group, size, DILATION)
     length = group_lengths(first_group, size, DILATION)
     entry = table_entry(tile, first_group, size, length, front, back, DILATION, TILE)
-    table = table_block(table + head * table_stride, entry, TOKENS, TOKENS)
+    table = flat_block(table + head * table_stride, entry, TOKENS * TOKENS)
+    packed_bias = tl.load(table)
     query += head * query_strides[4]
     key += head * key_strides[4]
     value += head * value_strides[4]
@@ -105,7 +111,8 @@ def _whole_group_kernel(
 
     for item in range(share, batch * groups[0] * groups[1] * groups[2], shares):
         image, group = locate_item(item, first_group, groups)
-        token, is_token = tile_tokens(tile, length, group, DILATION, TILE)
+        _, is_token = tile_tokens(tile, length, group, DILATION, TILE)
+        token = strip_tokens((0, 0, 0), length, group, DILATION, TILE)
         offsets = token_offsets(token, query_strides, WIDE)
         key_offsets, value_offsets = offsets, offsets
         if not EQUAL_STRIDES:
@@ -113,27 +120,25 @@ def _whole_group_kernel(
             value_offsets = token_offsets(token, value_strides, WIDE)
         index = token_index(token, size, heads, WIDE)
         first_token = image * size[0] * size[1] * size[2] * heads
-        q = load_tokens(query + image * query_strides[0], offsets, is_token, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key + image * key_strides[0], key_offsets, is_token, HEAD_DIM, BLOCK_D)
-        v = load_tokens(
-            value + image * value_strides[0], value_offsets, is_token, VALUE_DIM, BLOCK_V
-        )
+        q = load_tokens(query + image * query_strides[0], offsets, None, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key + image * key_strides[0], key_offsets, None, HEAD_DIM, BLOCK_D)
+        v = load_tokens(value + image * value_strides[0], value_offsets, None, VALUE_DIM, BLOCK_V)
         do = load_tokens(
             grad_output + image * grad_output_strides[0],
-            token_offsets(token, grad_output_strides, WIDE), is_token, VALUE_DIM, BLOCK_V,
+            token_offsets(token, grad_output_strides, WIDE), None, VALUE_DIM, BLOCK_V,
         )  # fmt: skip
         o = load_tokens(
-            output + first_token * VALUE_DIM, index * VALUE_DIM, is_token, VALUE_DIM, BLOCK_V
+            output + first_token * VALUE_DIM, index * VALUE_DIM, None, VALUE_DIM, BLOCK_V
         )
         row = first_token + head + index
-        row_lse = tl.load(lse + row, mask=is_token, other=0.0) * 1.4426950408889634
+        row_lse = tl.load(lse + row) * 1.4426950408889634
         row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if grad_lse is not None:
-            row_delta -= tl.load(grad_lse + row, mask=is_token, other=0.0)
-        # Read again for each item: to keep it would cost registers.
-        bias = tl.load(table).to(tl.float32)
+            row_delta -= tl.load(grad_lse + row)
+        bias = in_rows(packed_bias, TOKENS, TOKENS, ROW_WARPS, COLUMN_WARPS).to(tl.float32)
 
-        s = masked_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, bias)
+        dots = tl.dot(with_sign(k, scale), tl.trans(q), input_precision=PRECISION)
+        s = masked_scores(dots, scale, bias)
         p = tl.exp2(s - row_lse[None, :])
         dv = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)

@@ -151,8 +151,8 @@ def window_arguments(window: Neighborhood) -> dict[str, tuple[int, ...]]:
     }
 
 
-def plan_arguments(plan: TilePlan) -> dict[str, tuple[int, ...]]:
-    """The tiles and strips."""
+def plan_arguments(plan: TilePlan) -> dict[str, int | tuple[int, ...]]:
+    """The tiles and strips, and the warps over them."""
     return {
         "tiles": tuple(axis.tiles for axis in plan.axes),
         "front": tuple(axis.front for axis in plan.axes),
@@ -160,6 +160,8 @@ def plan_arguments(plan: TilePlan) -> dict[str, tuple[int, ...]]:
         "TILE": plan.tile.tile,
         "STRIP": plan.tile.strip,
         "STRIPS": plan.strips,
+        "ROW_WARPS": plan.tile.warps[0],
+        "COLUMN_WARPS": plan.tile.warps[1],
     }
 
 

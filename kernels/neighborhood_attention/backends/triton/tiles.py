@@ -31,6 +31,12 @@ class Tile:
     programs: int = 2048  # to aim at where a program walks over images: more cost partial sums
 
     @property
+    def warps(self) -> tuple[int, int]:
+        """Warps over the rows, and over the columns, of a product [tile, strip]."""
+        rows = min(self.num_warps, max(1, prod(self.tile) // 16))
+        return rows, self.num_warps // rows
+
+    @property
     def options(self) -> dict[str, int | None]:
         """Triton's options for a launch."""
         return {
@@ -57,9 +63,9 @@ class Tiles:
 WINDOWED = Tiles(
     forward=Tile((1, 4, 8), (1, 2, 16), num_warps=1, max_registers=128),
     query_gradient=Tile((1, 4, 8), (1, 1, 16), num_warps=1, num_stages=3, max_registers=128),
-    key_gradient=Tile((1, 2, 8), (1, 2, 16), num_warps=1, max_registers=128),
+    key_gradient=Tile((1, 4, 8), (1, 2, 16), num_warps=1, max_registers=168),
     bias_gradient=Tile((1, 2, 8), (1, 4, 16), num_warps=1),
-    query_bias_gradient=Tile((1, 2, 8), (1, 8, 16), 2, max_registers=168, programs=792),
+    query_bias_gradient=Tile((1, 2, 8), (1, 4, 16), 2, max_registers=168, programs=792),
 )
 # Where two rows of a dilation group fit into one tile.
 NARROW = Tiles(
@@ -67,11 +73,11 @@ NARROW = Tiles(
     query_gradient=Tile((1, 4, 8), (1, 1, 16), num_warps=1, num_stages=3, max_registers=128),
     key_gradient=Tile((1, 2, 16), (1, 2, 16), num_warps=1, max_registers=168),
     bias_gradient=Tile((1, 2, 8), (1, 4, 16), num_warps=1),
-    query_bias_gradient=Tile((1, 2, 8), (1, 4, 16), 2, max_registers=128, programs=1056),
+    query_bias_gradient=Tile((1, 2, 8), (1, 4, 16), 2, max_registers=168, programs=792),
 )
 # Where a whole dilation group fits into one tile.
 WHOLE_GROUP = Tiles(
-    forward=Tile((1, 8, 8), (1, 4, 8), num_warps=4),
+    forward=Tile((1, 8, 8), (1, 8, 8), num_warps=4, num_stages=1),
     query_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4),
     key_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4, num_stages=1),
     bias_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4, max_registers=128),

@@ -205,6 +205,20 @@ def block_tokens(first, length, group, DILATION: tl.constexpr, SHAPE: tl.constex
 
 
 @triton.jit
+def strip_tokens(first, end, group, DILATION: tl.constexpr, STRIP: tl.constexpr):
+    """Positions on the map of a strip of the tokens before `end`.
+
+    What is left of it repeats the last token: masked by the bias, it costs neither memory traffic
+    nor predicates.
+    """
+    d, h, w = block_positions(STRIP, tl.arange(0, STRIP[0] * STRIP[1] * STRIP[2]))
+    d = tl.minimum(first[0] + d, tl.maximum(end[0], 1) - 1) * DILATION[0] + group[0]
+    h = tl.minimum(first[1] + h, tl.maximum(end[1], 1) - 1) * DILATION[1] + group[1]
+    w = tl.minimum(first[2] + w, tl.maximum(end[2], 1) - 1) * DILATION[2] + group[2]
+    return d, h, w
+
+
+@triton.jit
 def tile_tokens(tile, length, group, DILATION: tl.constexpr, TILE: tl.constexpr):
     """`block_tokens` of a tile."""
     first = (tile[0] * TILE[0], tile[1] * TILE[1], tile[2] * TILE[2])
@@ -230,12 +244,21 @@ def token_index(token, size, heads, WIDE: tl.constexpr):
 
 @triton.jit
 def load_tokens(tensor, offsets, is_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[tokens, BLOCK_D] of a heads-last tensor; zeros where there is no element."""
+    """[tokens, BLOCK_D] of a heads-last tensor; zeros where there is no element.
+
+    All tokens exist if `is_token` is None.
+    """
     d = tl.arange(0, BLOCK_D)
-    mask = is_token[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (d < HEAD_DIM)[None, :]
-    return tl.load(tensor + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+    pointers = tensor + offsets[:, None] + d[None, :]
+    if is_token is None and HEAD_DIM == BLOCK_D:
+        block = tl.load(pointers)
+    elif is_token is None:
+        block = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        block = tl.load(pointers, mask=is_token[:, None], other=0.0)
+    else:
+        block = tl.load(pointers, mask=is_token[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    return block
 
 
 @triton.jit
@@ -263,7 +286,7 @@ def load_additional(
 def additional_scores(dots, scale, first, count, TOKENS: tl.constexpr):
     """Logits of additional keys [queries, TOKENS], in powers of 2; -inf behind the last of them."""
     is_key = first + tl.arange(0, TOKENS) < count
-    return tl.where(is_key[None, :], dots * (scale * 1.4426950408889634), float("-inf"))
+    return tl.where(is_key[None, :], dots * _log2_scale(scale), float("-inf"))
 
 
 @triton.jit
@@ -293,6 +316,12 @@ def table_entry(tile, group, size, length, front, back, DILATION: tl.constexpr, 
 
 
 @triton.jit
+def flat_block(table, index, SIZE: tl.constexpr):
+    """Pointers [SIZE] to a block of a table."""
+    return table + index.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
 def table_block(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers [ROWS, COLUMNS] to a block of a table."""
     m = tl.arange(0, ROWS)[:, None]
@@ -301,13 +330,32 @@ def table_block(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _log2_scale(scale):
+    """|scale| log2 e; not 0, so that no infinity times it is NaN."""
+    return tl.maximum(tl.abs(scale) * 1.4426950408889634, 1.0e-30)
+
+
+@triton.jit
+def with_sign(x, scale):
+    """`x`, which gives the products with it the sign of the scale: logits take only its size."""
+    return tl.where(scale < 0.0, -x, x)
+
+
+@triton.jit
 def masked_scores(dots, scale, bias):
     """Logits in powers of 2; -inf outside the window, whatever overflowed there.
 
-    A NaN or an infinity inside the window becomes 3e38: the minimum of NaN and a number is the
-    number. To select by the bias costs more, since that crosses layouts.
+    A NaN or an infinity inside the window becomes a large number, see `is_overflow`: the minimum of
+    NaN and a number is the number. To select by the bias costs more, since that crosses layouts.
     """
-    return tl.minimum(dots * (scale * 1.4426950408889634), 3.0e38) + bias
+    factor = _log2_scale(scale)
+    return tl.minimum(dots, 3.0e38 / tl.maximum(factor, 1.0)) * factor + bias
+
+
+@triton.jit
+def is_overflow(row_max, scale):
+    """Whether the maximum of `masked_scores` is NaN or an infinity that became a large number."""
+    return row_max >= 2.9e38 * tl.minimum(_log2_scale(scale), 1.0)
 
 
 @triton.jit

@@ -120,6 +120,11 @@ def test_a_scale_of_zero_is_not_the_default(backend, device):
     torch.testing.assert_close(lse, torch.full_like(lse, 9).log())
 
 
+def test_a_scale_may_be_negative(backend, device):
+    case = Case((5, 4), (3, 3), batch=1, heads=2, head_dim=8, additional=3)
+    check(na2d, case, torch.float32, device, scale=-0.7, backend=backend)
+
+
 def test_any_strides_are_served(backend, device):
     case = Case((3, 5), (3, 3), batch=2, heads=2, head_dim=8)
     qkv, rpb = inputs(case, torch.float32, device)
