@@ -7,13 +7,16 @@ where a tool found something; the file holds its summary and the end of its outp
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -25,7 +28,8 @@ FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 HEADS = 4
 # Shape of the map, kernel size, dilation, key heads, head dimensions, additional keys: each choice
 # of tiles and each kernel, with groups of two lengths and tiles that are not full.
-PROBLEMS = [
+Problem = tuple[tuple[int, ...], int, int, int, int, int, int | None]
+PROBLEMS: list[Problem] = [
     ((19, 21), 5, 2, 2, 32, 32, None),
     ((19, 18), 5, 1, 2, 32, 32, None),
     ((13, 15), 7, 2, 4, 32, 32, None),
@@ -36,6 +40,7 @@ PROBLEMS = [
     ((9, 11), 3, 1, 2, 256, 256, 5),
     ((40,), 5, 1, 2, 256, 64, None),
 ]
+CASES = list(itertools.product(PROBLEMS, (torch.bfloat16, torch.float32)))
 
 
 def main() -> None:
@@ -46,12 +51,16 @@ def main() -> None:
     parser.add_argument("--problems", action="store_true", help="only run the problems")
     arguments = parser.parse_args()
     if arguments.problems:
-        run_problems()
+        for case in CASES:
+            run_problem(*case)
         return
     if arguments.output is None or arguments.commit is None:
         parser.error("the output and --commit are required")
-    run_problems()  # compiles the kernels: the tools slow that down
-    results = [check(sanitizer(), tool) for tool in TOOLS]
+    path = sanitizer()
+    with multiprocessing.get_context("spawn").Pool(min(len(CASES), os.cpu_count() or 1)) as pool:
+        pool.starmap(run_problem, CASES)  # compiles the kernels: the tools slow that down
+    with ThreadPool(len(TOOLS)) as threads:
+        results = threads.starmap(check, [(path, tool) for tool in TOOLS])
     description = {"device": torch.cuda.get_device_name(), "commit": arguments.commit}
     arguments.output.write_text(json.dumps({**description, "results": results}, indent=1) + "\n")
     print(*(f"{result['tool']}: {result['summary']}" for result in results), sep="\n")
@@ -94,28 +103,26 @@ def check(path: str, tool: str) -> dict[str, object]:
     }
 
 
-def run_problems() -> None:
-    """Forward and backward of all problems."""
-    for spatial, kernel_size, dilation, key_heads, head_dim, value_dim, additional in PROBLEMS:
-        for dtype in (torch.bfloat16, torch.float32):
-            tensors = {
-                "query": (2, *spatial, HEADS, head_dim),
-                "key": (2, *spatial, key_heads, head_dim),
-                "value": (2, *spatial, key_heads, value_dim),
-                "rpb": (HEADS, *(2 * kernel_size - 1 for _ in spatial)),
-            }
-            if additional is not None:
-                tensors["additional_keys"] = (2, additional, key_heads, head_dim)
-                tensors["additional_values"] = (2, additional, key_heads, value_dim)
-            leaves = {
-                name: torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
-                for name, shape in tensors.items()
-            }
-            output, lse = FUNCTIONS[len(spatial)](
-                **leaves, kernel_size=kernel_size, dilation=dilation, return_lse=True,
-                backend="fused",
-            )  # fmt: skip
-            (output.float().square().sum() + lse.sum()).backward()
+def run_problem(problem: Problem, dtype: torch.dtype) -> None:
+    """Forward and backward."""
+    spatial, kernel_size, dilation, key_heads, head_dim, value_dim, additional = problem
+    tensors = {
+        "query": (2, *spatial, HEADS, head_dim),
+        "key": (2, *spatial, key_heads, head_dim),
+        "value": (2, *spatial, key_heads, value_dim),
+        "rpb": (HEADS, *(2 * kernel_size - 1 for _ in spatial)),
+    }
+    if additional is not None:
+        tensors["additional_keys"] = (2, additional, key_heads, head_dim)
+        tensors["additional_values"] = (2, additional, key_heads, value_dim)
+    leaves = {
+        name: torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
+        for name, shape in tensors.items()
+    }
+    output, lse = FUNCTIONS[len(spatial)](
+        **leaves, kernel_size=kernel_size, dilation=dilation, return_lse=True, backend="fused"
+    )
+    (output.float().square().sum() + lse.sum()).backward()
     torch.cuda.synchronize()
 
 
