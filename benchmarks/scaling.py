@@ -7,7 +7,7 @@ throughput  weak scaling: images a second of DDP and FSDP2 against one GPU, on r
 loss        50 steps on scikit-learn's digits with one global batch, no drop path, no augmentation,
             no mixup: one GPU, one GPU in as many micro-batches as there are GPUs (which differs by
             the order of additions alone), DDP, FSDP2; in fp32 without TF32, and in bf16
-resume      FSDP2 told to stop after 30 steps, continued on two GPUs (two GPUs: on one)
+resume      FSDP2 told to stop within an epoch, continued on two GPUs (two GPUs: on one)
 
 --set gives values of configs/train.yaml to every run. What OUTPUT.json holds already is not
 measured again, so that a script that was stopped goes on. Without a GPU the processes run on the
@@ -49,7 +49,7 @@ from nat_models.engine.setup import make_trainer, plain, set_up_torch
 Record = dict[str, Any]
 PARTS = ("throughput", "loss", "resume")
 STRATEGIES = ("ddp", "fsdp2")
-EPOCHS = 5  # of the losses; a run to be resumed is told to stop after three
+EPOCHS = 5  # of the losses; a run to be resumed is told to stop within the fourth
 COMMON = ["logger=none", "callbacks.progress=null", "callbacks.learning_rate=null"]
 COMMON += ["trainer.num_nodes=1", "scheduler.cooldown_epochs=0"]
 
@@ -333,7 +333,7 @@ def note_losses(each: Record, settings: Record) -> Record:
     folder, micro = settings["folder"], each["micro_batches"]
     epoch = settings["steps"] // EPOCHS
     stops = each["part"] == "resume" and not each.get("continue")
-    losses = f"{{_target_: scaling.Losses, stop_after: {3 * epoch if stops else 0}}}"
+    stop_after = settings["steps"] * 7 // 10 if stops else 0
     cfg = configuration(
         settings,
         "experiment=nat_tiny_in1k",
@@ -353,7 +353,7 @@ def note_losses(each: Record, settings: Record) -> Record:
         f"trainer.precision={each['precision']}",
         f"trainer.devices={each['gpus']}",
         f"trainer.strategy={each['strategy']}",
-        f"+callbacks.losses={losses}",
+        f"+callbacks.losses={{_target_: scaling.Losses, stop_after: {stop_after}}}",
         f"ckpt={folder}/last.ckpt" if each.get("continue") else "ckpt=null",
     )
     try:
