@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import limits
 import model_report
 import paper
+import scaling_report
 from matplotlib.figure import Figure
 from measuring import markdown_table
 from page import Section, page
@@ -111,6 +112,7 @@ STUDIES = [
     Study("Operator", "kernels*.json", operator.tables, plots=operator.plots),
     Study("Generations of kernels", "paper*.json", paper.tables, plots=paper.plots),
     Study("Large maps", "limits*.json", limits.tables, plots=limits.plots),
+    Study("Scaling", "scaling*.json", scaling_report.tables, figures=scaling_report.figures),
 ]
 
 

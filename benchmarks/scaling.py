@@ -32,13 +32,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import scaling_report
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from matplotlib.figure import Figure
+from measuring import Deadline, Record
 from omegaconf import DictConfig
 
 from nat_models.cli import config_dir
@@ -46,7 +47,6 @@ from nat_models.engine import run
 from nat_models.engine.console import set_up_logging
 from nat_models.engine.setup import make_trainer, plain, set_up_torch
 
-Record = dict[str, Any]
 PARTS = ("throughput", "loss", "resume")
 STRATEGIES = ("ddp", "fsdp2")
 EPOCHS = 5  # of the losses; a run to be resumed is told to stop within the fourth
@@ -61,16 +61,15 @@ def main() -> int:
     report = json.loads(output.read_text()) if output.exists() else {"results": []}
     done = [condition(record) for record in report["results"]]
     wanted = [each for each in conditions(arguments) if each not in done]
-    start, longest, failed = time.monotonic(), 0.0, 0
+    deadline, longest, failed = Deadline(arguments.limit_seconds), 0.0, 0
     for number, each in enumerate(wanted):
-        left = arguments.limit_seconds - (time.monotonic() - start)
-        if left < longest:
+        if deadline.left < longest:
             print(f"no time for {len(wanted) - number} of {len(wanted)}; start again to go on")
             break
         print(json.dumps(each), flush=True)
         begin = time.monotonic()
         try:
-            result = measure(each, arguments, left)
+            result = measure(each, arguments, deadline.left)
         except RuntimeError as error:  # the others may still run
             print(f"failed: {error}", flush=True)
             failed += 1
@@ -80,8 +79,9 @@ def main() -> int:
         report["results"].append({**each, **result})
         output.write_text(json.dumps(report, indent=1) + "\n")
     if report["results"]:
-        print(table(report))
-        plot(report).savefig(output.with_suffix(".png"))
+        print(scaling_report.tables(report))
+        for figure in scaling_report.figures(report).values():
+            figure.savefig(output.with_suffix(".png"))
     return int(failed > 0)
 
 
@@ -191,9 +191,9 @@ def launch(work: Any, each: Record, settings: Record, count: int, seconds: float
     ]
     for one in processes:
         one.start()
-    deadline, running = time.monotonic() + min(seconds, 3600), list(processes)
+    deadline, running = Deadline(min(seconds, 3600)), list(processes)
     try:
-        while running and time.monotonic() < deadline:
+        while running and deadline.left:
             wait([one.sentinel for one in running], timeout=1)
             if any(one.exitcode for one in processes):
                 break
@@ -421,80 +421,6 @@ def machine() -> Record:
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def speeds(report: Record) -> dict[tuple[str, str], dict[int, float]]:
-    """Images a second by (model, strategy) and number of GPUs, the median of all turns."""
-    turns: dict[tuple[str, str, int], list[float]] = {}
-    for record in report["results"]:
-        if record["part"] == "throughput":
-            key = record["model"], record["strategy"], record["gpus"]
-            turns.setdefault(key, []).append(record["images_per_second"])
-    found: dict[tuple[str, str], dict[int, float]] = {}
-    for (model, strategy, gpus), values in turns.items():
-        found.setdefault((model, strategy), {})[gpus] = statistics.median(values)
-    return found
-
-
-def gap(report: Record, record: Record) -> float:
-    """Largest difference of a run's losses from those of one GPU in one piece."""
-    whole = {"gpus": 1, "micro_batches": 1, "precision": record.get("precision", "32-true")}
-    [alone] = (
-        r["losses"] for r in report["results"] if r["part"] == "loss" and whole.items() <= r.items()
-    )
-    return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
-
-
-def table(report: Record) -> str:
-    """The results as Markdown tables."""
-    lines = [f"{report['device']}, torch {report['versions']['torch']}, NCCL {report['nccl']}", ""]
-    found = speeds(report)
-    if found:
-        lines += ["| model | strategy | GPUs | images/s | of one GPU |", "|---|---|---|---|---|"]
-    for (model, strategy), by_gpus in found.items():
-        one = found.get((model, "auto"), {}).get(1)
-        for gpus, speed in sorted(by_gpus.items()):
-            cells = [model, strategy if gpus > 1 else "-", gpus, f"{speed:,.0f}"]
-            lines.append(_row([*cells, f"{speed / one:.2f}x" if one else "-"]))
-    compared = [r for r in report["results"] if r["part"] != "throughput"]
-    if compared:
-        head = ["run", "GPUs", "precision", "steps", "last loss", "largest difference"]
-        lines += ["", _row(head), _row(["---"] * len(head))]
-    for r in compared:
-        name = f"fsdp2, continued on {r['onto']}" if r["part"] == "resume" else r["strategy"]
-        if r["gpus"] == 1:
-            name = f"one GPU, {r['micro_batches']} micro-batches"
-        last = r["losses"][max(r["losses"], key=int)]
-        cells = [name, r["gpus"], r.get("precision", "32-true"), len(r["losses"]), f"{last:.4f}"]
-        lines.append(_row([*cells, f"{gap(report, r):.1e}"]))
-    return "\n".join(lines)
-
-
-def plot(report: Record) -> Figure:
-    """Efficiency, images a second of a GPU against those of one alone, by the number of GPUs."""
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    found = speeds(report)
-    for (model, strategy), by_gpus in found.items():
-        one = found.get((model, "auto"), {}).get(1)
-        if strategy != "auto" and one:
-            gpus = [1, *sorted(by_gpus)]
-            shares = [100.0, *(100 * by_gpus[n] / n / one for n in sorted(by_gpus))]
-            dashed = "--" if strategy == "fsdp2" else "-"
-            axes.plot(gpus, shares, dashed, marker="o", label=f"{model}, {strategy}")
-    axes.axhline(100, color="0.8", zorder=0)
-    axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency (%)", ylim=(0, 110))
-    axes.set_title(f"Weak scaling of training, {report['device']}")
-    ticks = sorted({record["gpus"] for record in report["results"]})
-    axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.minorticks_off()
-    if axes.lines[1:]:
-        axes.legend(frameon=False)
-    return figure
-
-
-def _row(cells: list[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

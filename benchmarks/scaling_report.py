@@ -1,0 +1,87 @@
+"""Tables and pictures of training on several GPUs, from the results of scaling.py."""
+
+import statistics
+
+from matplotlib.figure import Figure
+from measuring import Record, markdown_table
+
+
+def tables(result: Record) -> str:
+    """Throughput, and losses compared with those of one GPU; Markdown."""
+    versions = result["versions"]
+    parts = [f"{result['device']}, torch {versions['torch']}, NCCL {result['nccl']}"]
+    found = speeds(result)
+    rows = []
+    for (model, strategy), by_gpus in found.items():
+        one = found.get((model, "auto"), {}).get(1)
+        for gpus, speed in sorted(by_gpus.items()):
+            cells = [model, strategy if gpus > 1 else "-", gpus, f"{speed:,.0f}"]
+            rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
+    if rows:
+        parts.append(markdown_table(["model", "strategy", "GPUs", "images/s", "of one GPU"], rows))
+    rows = [_loss_row(result, r) for r in result["results"] if r["part"] != "throughput"]
+    if rows:
+        head = ["run", "GPUs", "precision", "steps", "last loss", "largest difference"]
+        parts.append(markdown_table(head, rows))
+    return "\n\n".join(parts)
+
+
+def figures(result: Record) -> dict[str, Figure]:
+    """Efficiency, images a second of a GPU against those of one alone, by the number of GPUs."""
+    found = speeds(result)
+    curves = {}
+    for (model, strategy), by_gpus in found.items():
+        one = found.get((model, "auto"), {}).get(1)
+        if strategy != "auto" and one:
+            shares = {n: 100 * by_gpus[n] / n / one for n in sorted(by_gpus)}
+            curves[model, strategy] = {1: 100.0, **shares}
+    if not curves:
+        return {}
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100, color="0.8", zorder=0)
+    for (model, strategy), shares in curves.items():
+        style = "--" if strategy == "fsdp2" else "-"
+        axes.plot([*shares], [*shares.values()], style, marker="o", label=f"{model}, {strategy}")
+    axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency (%)", ylim=(0, 110))
+    axes.set_title(f"Weak scaling of training, {result['device']}")
+    ticks = sorted({gpus for shares in curves.values() for gpus in shares})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return {"efficiency": figure}
+
+
+def speeds(result: Record) -> dict[tuple[str, str], dict[int, float]]:
+    """Images a second by (model, strategy) and number of GPUs, the median of all turns."""
+    turns: dict[tuple[str, str, int], list[float]] = {}
+    for record in result["results"]:
+        if record["part"] == "throughput":
+            key = record["model"], record["strategy"], record["gpus"]
+            turns.setdefault(key, []).append(record["images_per_second"])
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for (model, strategy, gpus), values in turns.items():
+        found.setdefault((model, strategy), {})[gpus] = statistics.median(values)
+    return found
+
+
+def gap(result: Record, record: Record) -> float:
+    """Largest difference of a run's losses from those of one GPU in one piece."""
+    whole = {"gpus": 1, "micro_batches": 1, "precision": record.get("precision", "32-true")}
+    [alone] = (
+        r["losses"] for r in result["results"] if r["part"] == "loss" and whole.items() <= r.items()
+    )
+    return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
+
+
+def _loss_row(result: Record, record: Record) -> list[object]:
+    name = record.get("strategy", "")
+    if record["part"] == "resume":
+        name = f"fsdp2, continued on {record['onto']}"
+    elif record["gpus"] == 1:
+        name = f"one GPU, {record['micro_batches']} micro-batches"
+    losses = record["losses"]
+    last = losses[max(losses, key=int)]
+    difference = f"{gap(result, record):.1e}"
+    precision = record.get("precision", "32-true")
+    return [name, record["gpus"], precision, len(losses), f"{last:.4f}", difference]
