@@ -34,3 +34,9 @@ def test_a_loading_process_that_exits_without_a_word_is_told_all_the_same():
     words = "DataLoader worker (pid 1) exited unexpectedly"
     with pytest.raises(RunStopped, match=r"died: DataLoader .*exited"), faults_of_the_machine():
         raise RuntimeError(words) from Empty()
+
+
+def test_the_end_of_another_process_is_one_line():
+    gloo = "[pair.cc:561] Connection closed by peer [127.0.0.1]:4508. This is typically caused by"
+    with pytest.raises(RunStopped, match="another process of"), faults_of_the_machine():
+        raise RuntimeError(gloo)
