@@ -29,9 +29,7 @@ def faults_of_the_machine() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if re.search(r"Connection (closed|reset) by peer|remote process exited", str(error)):
-            raise RunStopped(
-                "another process of the run ended; its message says why"
-            ) from error
+            raise RunStopped("another process of the run ended; its message says why") from error
         died = re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(error))
         if not died:
             raise
