@@ -138,7 +138,8 @@ def _prepare(
     layouts = (Layout(*grad) for grad in grads)
     names = "grad_output", "grad_query", "grad_key", "grad_value"
     settings = {
-        "scale": scale, **problem.map_arguments(**dict(zip(names, layouts, strict=True))),
+        "scale": scale, "IS_NEGATIVE": scale < 0,
+        **problem.map_arguments(**dict(zip(names, layouts, strict=True))),
         **problem.head_arguments, **problem.additional_arguments, **window_arguments(window),
     }  # fmt: skip
     tiles = choose_tiles(problem, window)
@@ -190,7 +191,7 @@ def _query_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -216,7 +217,7 @@ def _query_gradient_kernel(
 
     token = token_index(query_token, size, heads, WIDE)
     query_offsets = token_offsets(query_token, query_strides, WIDE)
-    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), scale)
+    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), IS_NEGATIVE)
     grad_offsets = token_offsets(query_token, grad_output_strides, WIDE)
     do = load_tokens(grad_output, grad_offsets, is_query, VALUE_DIM, BLOCK_V)
     o = load_tokens(output, token * VALUE_DIM, is_query, VALUE_DIM, BLOCK_V)
@@ -278,7 +279,7 @@ def _key_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. Grid: (images * dilation groups * tiles * key heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -302,7 +303,7 @@ def _key_gradient_kernel(
 
     key_offsets = token_offsets(key_token, key_strides, WIDE)
     value_offsets = token_offsets(key_token, value_strides, WIDE)
-    k = with_sign(load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D), scale)
+    k = with_sign(load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D), IS_NEGATIVE)
     v = load_tokens(value, value_offsets, is_key, VALUE_DIM, BLOCK_V)
     dk = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
     dv = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)

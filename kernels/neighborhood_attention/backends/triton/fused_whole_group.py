@@ -85,7 +85,8 @@ def _whole_group_kernel(
     DILATION: tl.constexpr, TILE: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
+    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr,
+    WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Groups of one length, a share of the items. Grid: (heads * positions * shares,)."""
     TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -137,7 +138,7 @@ def _whole_group_kernel(
             row_delta -= tl.load(grad_lse + row)
         bias = in_rows(packed_bias, TOKENS, TOKENS, ROW_WARPS, COLUMN_WARPS).to(tl.float32)
 
-        dots = tl.dot(with_sign(k, scale), tl.trans(q), input_precision=PRECISION)
+        dots = tl.dot(with_sign(k, IS_NEGATIVE), tl.trans(q), input_precision=PRECISION)
         s = masked_scores(dots, scale, bias)
         p = tl.exp2(s - row_lse[None, :])
         dv = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)

@@ -336,9 +336,11 @@ def _log2_scale(scale):
 
 
 @triton.jit
-def with_sign(x, scale):
+def with_sign(x, IS_NEGATIVE: tl.constexpr):
     """`x`, which gives the products with it the sign of the scale: logits take only its size."""
-    return tl.where(scale < 0.0, -x, x)
+    if IS_NEGATIVE:
+        x = -x
+    return x
 
 
 @triton.jit
