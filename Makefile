@@ -31,7 +31,7 @@ verify-weights: $(INSTALLED)  ## download and check every published file: make v
 
 test: $(INSTALLED)  ## run every test that needs no GPU
 	$(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal -m interpreter tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python $(TEST) -n auto --maxprocesses 8 --dist worksteal -m interpreter tests/kernels tests/nat_models/fused
 
 test-page: $(INSTALLED)  ## open the report's page in headless Chromium: apt-get install chromium-headless-shell
 	$(BIN)/python $(TEST) -m browser tests/benchmarks

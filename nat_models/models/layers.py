@@ -1,13 +1,15 @@
 """Building blocks shared by the model families. Feature maps are channels-last: [B, H, W, C]."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nat_models import fused
 from neighborhood_attention import NeighborhoodAttention2D
 
 
@@ -55,13 +57,13 @@ class TransformerBlock(nn.Module):
         def stochastic_depth() -> nn.Module:
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-        self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm1 = fused.LayerNorm(dim, device=device, dtype=dtype)
         self.attn = attn
         self.ls1 = scale()
         self.drop_path1 = stochastic_depth()
 
-        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
+        self.norm2 = fused.LayerNorm(dim, device=device, dtype=dtype)
+        self.mlp = fused.Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
         self.ls2 = scale()
         self.drop_path2 = stochastic_depth()
         self.grad_checkpointing = False
@@ -75,9 +77,57 @@ class TransformerBlock(nn.Module):
         return x
 
     def _transform(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        if not torch.jit.is_scripting() and self.is_fused(x):
+            x = fused.add(*self.fused_forward(x))
+        else:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
+
+    @torch.jit.ignore
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether `fused_forward` is to be used: it calls none of the modules checked here."""
+        between = self.ls1, self.ls2, self.drop_path1, self.drop_path2
+        return (
+            fused.is_used("add_layer_norm", x)
+            and type(self.norm1) is type(self.norm2) is fused.LayerNorm
+            and all(type(module) in (nn.Identity, LayerScale, DropPath) for module in between)
+            and not any(map(fused.is_observed, (self.norm1, self.norm2, *between)))
+        )
+
+    @torch.jit.ignore
+    def fused_forward(
+        self, x: Tensor, branch: fused.Branch | None = None
+    ) -> tuple[Tensor, fused.Branch]:
+        """The block, its last addition left to the norm after it.
+
+        Args:
+            x: Map [B, H, W, C].
+            branch: What the block before has left to add.
+
+        Returns:
+            The map, and what is left to add.
+        """
+        x, normalized = _add_norm(x, branch, self.norm1)
+        branch = _branch(self.attn(normalized), self.ls1, self.drop_path1)
+        x, normalized = _add_norm(x, branch, self.norm2)
+        return x, _branch(self.mlp(normalized), self.ls2, self.drop_path2)
+
+
+def _add_norm(x: Tensor, branch: fused.Branch | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return fused.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
+
+
+def _branch(values: Tensor, scale: nn.Module, drop_path: nn.Module) -> fused.Branch:
+    """Samples are dropped as DropPath does."""
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
+    keep = None
+    if isinstance(drop_path, DropPath) and drop_path.training:
+        probability = 1 - drop_path.drop_prob
+        keep = values.new_empty(len(values)).bernoulli_(probability)
+        if probability > 0:
+            keep /= probability
+    return fused.Branch(values, gamma, keep)
 
 
 def neighborhood_attention_block(
@@ -138,8 +188,31 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map."""
-        x = self.blocks(self.downsample(x))
+        x = self.downsample(x)
+        if not torch.jit.is_scripting() and self._is_fused(x):
+            blocks: Any = self.blocks
+            branch = None
+            for block in blocks:
+                x, branch = block.fused_forward(x, branch)
+            x = fused.add(x, branch)
+        else:
+            x = self.blocks(x)
         return x
+
+    @torch.jit.ignore
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether a block's last addition is fused with the next block's norm."""
+        return (
+            fused.is_used("add_layer_norm", x)
+            and not fused.is_observed(self.blocks)
+            and all(
+                type(block) is TransformerBlock
+                and not block.grad_checkpointing
+                and not fused.is_observed(block)
+                and block.is_fused(x)
+                for block in self.blocks
+            )
+        )
 
 
 class ConvTokenizer(nn.Module):
@@ -175,7 +248,7 @@ class ConvTokenizer(nn.Module):
             nn.Conv2d(in_chans, half, 3, first, padding=1, device=device, dtype=dtype),
             nn.Conv2d(half, embed_dim, 3, second, padding=1, device=device, dtype=dtype),
         )
-        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+        self.norm = fused.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn images into maps."""
@@ -204,7 +277,7 @@ class ConvDownsampler(nn.Module):
         self.reduction = nn.Conv2d(
             dim, 2 * dim, 3, 2, padding=1, bias=False, device=device, dtype=dtype
         )
-        self.norm = nn.LayerNorm(2 * dim, device=device, dtype=dtype)
+        self.norm = fused.LayerNorm(2 * dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve a map, double its channels."""
@@ -244,7 +317,7 @@ class PatchTokenizer(nn.Module):
         self.proj = nn.Conv2d(
             in_chans, embed_dim, patch_size, patch_size, device=device, dtype=dtype
         )
-        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+        self.norm = fused.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn images into maps."""
@@ -278,7 +351,7 @@ class PatchMerging(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
+        self.norm = fused.LayerNorm(4 * dim, device=device, dtype=dtype)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from nat_models import fused
+from nat_models.fused import functional
 from nat_models.models.layers import (
     ConvDownsampler,
     ConvTokenizer,
@@ -93,6 +95,76 @@ def test_stage_downsamples_first():
     x = torch.randn(1, 4, 4, 8)
     expected = stage.blocks[0](stage.downsample(x)).tanh()
     torch.testing.assert_close(stage(x), expected)
+
+
+@pytest.fixture
+def left_additions(monkeypatch):
+    """Blocks leave additions to the next norm, as on a GPU; in fp64 PyTorch computes them.
+
+    The fixture counts what is left at a time: [norms with a branch to add, norms without].
+    """
+    monkeypatch.setitem(fused.USED["add_layer_norm"], "eager", True)
+    monkeypatch.setattr(functional, "_runs_on", lambda operation, device: True)
+    counts = [0, 0]
+    add_layer_norm = fused.add_layer_norm
+
+    def counted(x, branch, *settings):
+        counts[branch is None] += 1
+        return add_layer_norm(x, branch, *settings)
+
+    monkeypatch.setattr(fused, "add_layer_norm", counted)
+    return counts
+
+
+def stage_of_blocks():
+    blocks = [
+        TransformerBlock(8, nn.Linear(8, 8), layer_scale=0.5, drop_path=p) for p in (0, 0.5, 0.5)
+    ]
+    return Stage(nn.Identity(), blocks).double()
+
+
+def outcome(module, x):
+    """Output and all gradients in training, with the same random numbers each time."""
+    torch.manual_seed(0)
+    output = module.train()(x)
+    return output, torch.autograd.grad(output.cos().sum(), [x, *module.parameters()])
+
+
+def test_fused_stage_computes_the_same(left_additions):
+    stage = stage_of_blocks()
+    x = torch.randn(16, 2, 2, 8, dtype=torch.float64, requires_grad=True)
+    actual = outcome(stage, x)
+    assert left_additions == [5, 1]  # two norms a block, the first has nothing to add
+    fused.USED["add_layer_norm"]["eager"] = False
+    torch.testing.assert_close(actual, outcome(stage, x))
+    assert left_additions == [5, 1]
+
+
+def test_fused_block_computes_the_same(left_additions):
+    block = stage_of_blocks().blocks[1]
+    x = torch.randn(16, 2, 2, 8, dtype=torch.float64, requires_grad=True)
+    actual = outcome(block, x)
+    assert left_additions == [1, 1]
+    fused.USED["add_layer_norm"]["eager"] = False
+    torch.testing.assert_close(actual, outcome(block, x))
+
+
+def test_checkpointed_blocks_keep_their_input_alone(left_additions):
+    stage = stage_of_blocks()
+    x = torch.randn(16, 2, 2, 8, dtype=torch.float64, requires_grad=True)
+    expected = outcome(stage, x)
+    for block in stage.blocks:
+        block.grad_checkpointing = True
+    torch.testing.assert_close(outcome(stage, x), expected)
+    assert left_additions == [5 + 2 * 3, 1 + 2 * 3]  # forward and again in backward
+
+
+@pytest.mark.parametrize("name", ["blocks.1", "blocks.1.norm1", "blocks.1.ls2", "blocks.2.mlp"])
+def test_hooks_of_fused_stages_are_called(left_additions, name):
+    stage, called = stage_of_blocks(), []
+    stage.get_submodule(name).register_forward_hook(lambda *_: called.append(name))
+    stage(torch.randn(1, 2, 2, 8, dtype=torch.float64))
+    assert called == [name]
 
 
 def test_patches_are_projected_then_normed():

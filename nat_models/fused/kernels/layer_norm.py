@@ -1,0 +1,210 @@
+"""Triton kernels of a residual addition with the LayerNorm after it, in one pass over the rows.
+
+    sum = x + gamma * keep[sample] * branch          (sum = x where there is no branch)
+    normalized = (sum - mean) * rstd * weight + bias
+
+gamma is a layer scale (arXiv:2103.17239), keep the factor of stochastic depth (arXiv:1603.09382).
+A program holds several whole rows, in fp32. The backward recomputes the statistics from `sum`; its
+programs walk over the rows, each adding up its part of the parameters' gradients in registers; the
+parts are summed afterwards, in a fixed order.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neighborhood_attention.backends.triton.launch import CACHED_PROBLEMS, Launch
+
+# Channels that a row may have: it is kept in registers.
+MAX_CHANNELS = 4096
+# Elements that a program holds at a time, and its warps: 16 elements a thread.
+ELEMENTS, WARPS = 2048, 4
+# Programs of the backward, per multiprocessor.
+WAVES = 4
+
+
+def forward(
+    x: Tensor, branch: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float, total: Tensor, normalized: Tensor,
+) -> None:  # fmt: skip
+    """Fill `total` (empty without a branch) and `normalized` from contiguous tensors [..., C]."""
+    rows = x.numel() // x.shape[-1]
+    samples = rows // keep.numel() if keep is not None else 1
+    _forward_launch(
+        rows, x.shape[-1], samples, eps, *_kinds(x, branch, gamma, keep, weight, total)
+    )(x, branch, gamma, keep, weight, bias, total if branch is not None else None, normalized)
+
+
+def backward(
+    total: Tensor, branch: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
+    weight: Tensor, eps: float, grad_total: Tensor | None, grad_normalized: Tensor,
+    grad_x: Tensor, grad_branch: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Fill the gradients of `x` and `branch`; those of weight, bias and gamma are returned.
+
+    Returns:
+        [2, C] or with gamma [3, C], fp32.
+    """
+    channels = total.shape[-1]
+    rows = total.numel() // channels
+    samples = rows // keep.numel() if keep is not None else 1
+    programs = _backward_programs(rows, channels, total.device)
+    parts = torch.empty(
+        (2 if gamma is None else 3, programs, channels), dtype=torch.float32, device=total.device
+    )
+    _backward_launch(
+        rows, channels, samples, programs, eps,
+        *_kinds(total, branch, gamma, keep, weight, grad_total, grad_normalized, grad_branch),
+    )(
+        total, branch, gamma, keep, weight, grad_total, grad_normalized, grad_x, grad_branch, parts
+    )  # fmt: skip
+    return parts.sum(1)
+
+
+def _kinds(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """What a compiled kernel depends on, of tensors: their dtypes and device."""
+    return first.device, first.dtype, *(x if x is None else x.dtype for x in others)
+
+
+def _block(channels: int) -> tuple[int, int]:
+    """Rows of a program, and elements of its rows."""
+    columns = triton.next_power_of_2(channels)
+    return max(1, ELEMENTS // columns), columns
+
+
+def _backward_programs(rows: int, channels: int, device: torch.device) -> int:
+    blocks = triton.cdiv(rows, _block(channels)[0])
+    processors = _processors(device) if device.type == "cuda" else 1
+    return min(int(blocks), WAVES * processors)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(CACHED_PROBLEMS)
+def _forward_launch(rows: int, channels: int, samples: int, eps: float, *_: Any) -> Launch:
+    block_rows, block_columns = _block(channels)
+    arguments = {
+        "rows": rows, "rows_per_sample": samples, "EPS": eps, "CHANNELS": channels,
+        "ROWS": block_rows, "COLUMNS": block_columns,
+    }  # fmt: skip
+    programs = triton.cdiv(rows, block_rows)
+    return Launch(_layer_norm_forward_kernel, programs, arguments, num_warps=_warps(block_columns))
+
+
+@lru_cache(CACHED_PROBLEMS)
+def _backward_launch(
+    rows: int, channels: int, samples: int, programs: int, eps: float, *_: Any
+) -> Launch:
+    block_rows, block_columns = _block(channels)
+    arguments = {
+        "rows": rows, "rows_per_sample": samples, "blocks": triton.cdiv(rows, block_rows),
+        "programs": programs, "EPS": eps, "CHANNELS": channels,
+        "ROWS": block_rows, "COLUMNS": block_columns,
+    }  # fmt: skip
+    return Launch(_layer_norm_backward_kernel, programs, arguments, num_warps=_warps(block_columns))
+
+
+def _warps(columns: int) -> int:
+    return WARPS * max(1, columns // ELEMENTS)
+
+
+@triton.jit
+def _layer_norm_forward_kernel(
+    x, branch, gamma, keep, weight, bias, total, normalized, rows, rows_per_sample,
+    EPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows. Grid: (ceil(rows / ROWS),)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column, is_column = _columns(CHANNELS, COLUMNS)
+    offset = row[:, None].to(tl.int64) * CHANNELS + column
+    exists = (row < rows)[:, None] & is_column
+    values = tl.load(x + offset, exists, 0.0).to(tl.float32)
+    if branch is not None:
+        added = tl.load(branch + offset, exists, 0.0).to(tl.float32)
+        values += added * _factor(gamma, keep, row, rows, rows_per_sample, column, is_column)
+        rounded = values.to(total.dtype.element_ty)
+        tl.store(total + offset, rounded, exists)
+        values = rounded.to(tl.float32)
+    centered, rstd = _standardize(values, is_column, EPS, CHANNELS)
+    scale = tl.load(weight + column, is_column, 0.0).to(tl.float32)
+    shift = tl.load(bias + column, is_column, 0.0).to(tl.float32)
+    result = centered * rstd[:, None] * scale + shift
+    tl.store(normalized + offset, result.to(normalized.dtype.element_ty), exists)
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    total, branch, gamma, keep, weight, grad_total, grad_normalized, grad_x, grad_branch, parts,
+    rows, rows_per_sample, blocks, programs,
+    EPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Every `programs`-th block of ROWS rows. Grid: (programs,)."""
+    column, is_column = _columns(CHANNELS, COLUMNS)
+    scale = tl.load(weight + column, is_column, 0.0).to(tl.float32)
+    grad_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    grad_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if gamma is not None:
+        grad_gamma = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for block in range(tl.program_id(0), blocks, programs):
+        row = block * ROWS + tl.arange(0, ROWS)
+        offset = row[:, None].to(tl.int64) * CHANNELS + column
+        exists = (row < rows)[:, None] & is_column
+        values = tl.load(total + offset, exists, 0.0).to(tl.float32)
+        grad = tl.load(grad_normalized + offset, exists, 0.0).to(tl.float32)
+        centered, rstd = _standardize(values, is_column, EPS, CHANNELS)
+        standardized = centered * rstd[:, None]
+        grad_weight += grad * standardized
+        grad_bias += grad
+        grad *= scale
+        along = tl.sum(grad * standardized, 1) / CHANNELS
+        mean = tl.sum(grad, 1) / CHANNELS
+        grad = (grad - mean[:, None] - standardized * along[:, None]) * rstd[:, None]
+        if grad_total is not None:
+            grad += tl.load(grad_total + offset, exists, 0.0).to(tl.float32)
+        tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), exists)
+        if gamma is not None:
+            kept = grad * _factor(None, keep, row, rows, rows_per_sample, column, is_column)
+            added = tl.load(branch + offset, exists, 0.0).to(tl.float32)
+            grad_gamma += kept * added
+        if grad_branch is not None:
+            grad *= _factor(gamma, keep, row, rows, rows_per_sample, column, is_column)
+            tl.store(grad_branch + offset, grad.to(grad_branch.dtype.element_ty), exists)
+    part = parts + tl.program_id(0) * CHANNELS + column
+    tl.store(part, tl.sum(grad_weight, 0, True), is_column)
+    tl.store(part + programs * CHANNELS, tl.sum(grad_bias, 0, True), is_column)
+    if gamma is not None:
+        tl.store(part + 2 * programs * CHANNELS, tl.sum(grad_gamma, 0, True), is_column)
+
+
+@triton.jit
+def _columns(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Indices of a row's elements, and which exist, [1, COLUMNS]."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    return column, column < CHANNELS
+
+
+@triton.jit
+def _factor(gamma, keep, row, rows, rows_per_sample, column, is_column):
+    """Of the branch, broadcastable to [ROWS, COLUMNS]."""
+    factor = tl.full((1, 1), 1.0, tl.float32)
+    if gamma is not None:
+        factor *= tl.load(gamma + column, is_column, 0.0).to(tl.float32)
+    if keep is not None:
+        factor *= tl.load(keep + row // rows_per_sample, row < rows, 0.0).to(tl.float32)[:, None]
+    return factor
+
+
+@triton.jit
+def _standardize(values, is_column, EPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Differences from the rows' means [ROWS, COLUMNS], 1 / their standard deviations [ROWS]."""
+    mean = tl.sum(values, 1) / CHANNELS
+    centered = tl.where(is_column, values - mean[:, None], 0.0)
+    variance = tl.sum(centered * centered, 1) / CHANNELS
+    return centered, tl.rsqrt(variance + EPS)

@@ -1,0 +1,143 @@
+"""The operations as PyTorch's users meet them: gradients, autocast, compilation."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nat_models import fused
+
+FUSED = pytest.mark.interpreter
+CHANNELS, WIDTH = 32, 64
+
+
+def tensors(device, dtype=torch.float32):
+    def draw(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    x, values = draw(2, 3, 5, CHANNELS), draw(2, 3, 5, CHANNELS)
+    gamma, weight, bias = draw(CHANNELS), draw(CHANNELS), draw(CHANNELS)
+    keep = torch.tensor([0.0, 2.0], device=device).to(dtype)
+    return x, fused.Branch(values, gamma, keep), weight, bias
+
+
+def definition(x, branch, weight, bias):
+    if branch is not None:
+        x = x + branch.values * branch.gamma * branch.keep.view(-1, 1, 1, 1)
+    return x, F.layer_norm(x, (CHANNELS,), weight, bias, 1e-5)
+
+
+def gradients(outputs, leaves):
+    """Of a weighted sum of all elements."""
+    weights = [torch.arange(out.numel(), device=out.device).view_as(out).cos() for out in outputs]
+    value = sum((out.float() * w).sum() for out, w in zip(outputs, weights, strict=True))
+    return torch.autograd.grad(value, leaves)
+
+
+def test_nothing_is_fused_on_the_cpu():
+    assert not any(fused.is_used(operation, torch.zeros(1)) for operation in fused.USED)
+
+
+def test_composition_is_exact():
+    x, branch, weight, bias = arguments = tensors("cpu", torch.float64)
+    for actual, expected in zip(
+        fused.add_layer_norm(*arguments, 1e-5), definition(*arguments), strict=True
+    ):
+        assert torch.equal(actual, expected)
+    assert torch.equal(fused.add(x, None), x)
+    assert torch.equal(fused.add(x, branch), definition(*arguments)[0])
+    assert torch.equal(
+        fused.layer_norm(x, weight, bias, 1e-5), definition(x, None, weight, bias)[1]
+    )
+    product = torch.randn(WIDTH, CHANNELS, dtype=torch.float64)
+    assert torch.equal(fused.linear_gelu(x, product, None), F.gelu(F.linear(x, product)))
+
+
+@FUSED
+@pytest.mark.parametrize("has_branch", [True, False], ids=["branch", "alone"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_add_layer_norm(device, has_branch, compiled):
+    x, branch, weight, bias = tensors(device)
+    leaves = [x, weight, bias, *(branch[:2] if has_branch else ())]
+    arguments = x, branch if has_branch else None, weight, bias
+
+    def function():
+        return fused.add_layer_norm(*arguments, 1e-5)
+
+    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    outputs, expected = run(), definition(*arguments)
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(
+        gradients(outputs, leaves), gradients(expected, leaves), rtol=1e-4, atol=1e-4
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(function(), expected)
+
+
+@FUSED
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_linear_gelu(device, compiled):
+    x, _, _, _ = tensors(device, torch.float16)
+    weight = (torch.randn(WIDTH, CHANNELS, device=device) / 8).half().requires_grad_()
+    bias = torch.randn(WIDTH, device=device).half().requires_grad_()
+    leaves = x, weight, bias
+
+    def function():
+        return fused.linear_gelu(*leaves)
+
+    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    expected = F.gelu(F.linear(*(t.double() for t in leaves)))
+    torch.testing.assert_close(run().double(), expected, rtol=2e-3, atol=1e-3)
+    for actual, wanted in zip(
+        gradients([run()], leaves), gradients([expected], leaves), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(function().double(), expected, rtol=2e-3, atol=1e-3)
+
+
+@FUSED
+def test_autocast(device):
+    """A stream in fp32, branches in half precision; a norm in fp32, one for a branch in half."""
+    x, branch, weight, bias = tensors(device)
+    half = fused.Branch(branch.values.half(), *branch[1:])
+    with torch.autocast(device, torch.float16):
+        total, normalized = fused.add_layer_norm(x, half, weight, bias, 1e-5)
+        alone = fused.layer_norm(half.values, weight, bias, 1e-5)
+        hidden = fused.linear_gelu(
+            x, torch.randn(WIDTH, CHANNELS, device=device), x.new_zeros(WIDTH)
+        )
+    assert [t.dtype for t in (total, normalized)] == [torch.float32, torch.float16]
+    assert [t.dtype for t in (alone, hidden)] == [torch.float32, torch.float16]
+    expected = definition(x, half, weight, bias)
+    torch.testing.assert_close(total, expected[0])
+    torch.testing.assert_close(normalized.float(), expected[1], rtol=2e-3, atol=2e-3)
+
+
+@FUSED
+def test_second_derivative_is_refused(device):
+    x, branch, weight, bias = tensors(device)
+    _, normalized = fused.add_layer_norm(x, branch, weight, bias, 1e-5)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(normalized.sum(), x, create_graph=True)
+
+
+@FUSED
+def test_transforms_take_the_composition(device):
+    x, branch, weight, bias = (t if isinstance(t, tuple) else t.detach() for t in tensors(device))
+    values = branch.values.detach()
+
+    def norm(x, values):
+        return fused.add_layer_norm(x, fused.Branch(values), weight, bias, 1e-5)[1]
+
+    expected = F.layer_norm(x + values, (CHANNELS,), weight, bias)
+    torch.testing.assert_close(torch.func.vmap(norm)(x, values), expected)
+
+
+@FUSED
+def test_empty_batch(device):
+    x, branch, weight, bias = tensors(device)
+    none = fused.Branch(branch.values[:0], branch.gamma, branch.keep[:0])
+    total, normalized = fused.add_layer_norm(x[:0], none, weight, bias, 1e-5)
+    assert total.shape == normalized.shape == (0, 3, 5, CHANNELS)
+    normalized.sum().backward()
+    assert weight.grad.abs().max() == 0
