@@ -8,6 +8,7 @@ from nat_models.fused.functional import (
     is_used,
     layer_norm,
     linear_gelu,
+    mlp,
 )
 from nat_models.fused.modules import LayerNorm, Mlp, is_observed
 
@@ -22,4 +23,5 @@ __all__ = [
     "is_used",
     "layer_norm",
     "linear_gelu",
+    "mlp",
 ]

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from nat_models.fused import ops
 
-# Where each is used: where it was the faster, as benchmarks/NOTES.md says. Inductor, PyTorch's
+# Where each is used: nowhere before it has been measured to be the faster there. Inductor, PyTorch's
 # compiler, fuses additions and norms by itself.
 USED = {
     "add_layer_norm": {"eager": False, "compiled": False},
     "linear_gelu": {"eager": False, "compiled": False},
+    "mlp": {"eager": False, "compiled": False},
 }
 _HALF = torch.bfloat16, torch.float16
 _DTYPES = *_HALF, torch.float32
@@ -107,21 +108,44 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: [N, K].
         bias: [N].
     """
-    cast = _autocast_dtype(x)
-    dtypes = {cast or t.dtype for t in (x, weight)}
-    is_fused = (
-        is_used("linear_gelu", x)
-        and len(dtypes) == 1
-        and dtypes <= {*_HALF}
-        and x.shape[-1] % 16 == weight.shape[0] % 16 == 0
-    )
-    if not is_fused:
+    if not _product_is_fused("linear_gelu", x, weight):
         return F.gelu(F.linear(x, weight, bias))
-    if cast is not None:
-        x, weight, bias = x.to(cast), weight.to(cast), bias.to(cast)
+    x, weight, bias = _autocast(x, weight, bias)
     if _needs_gradient(x, weight, bias):
         return _LinearGelu.apply(x, weight, bias)  # type: ignore[no-any-return]
     return ops.linear_gelu(x, weight, bias, False)[1]  # type: ignore[no-any-return]
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """`linear_gelu` and a second linear layer, whose backward takes the GELU's in the same pass.
+
+    Args:
+        x: [..., K].
+        weight1: [N, K].
+        bias1: [N].
+        weight2: [M, N].
+        bias2: [M].
+    """
+    tensors = x, weight1, bias1, weight2, bias2
+    if not _needs_gradient(*tensors) or not _product_is_fused("mlp", x, weight1, weight2):
+        return F.linear(linear_gelu(x, weight1, bias1), weight2, bias2)
+    return _Mlp.apply(*_autocast(*tensors))  # type: ignore[no-any-return]
+
+
+def _product_is_fused(operation: str, x: Tensor, *weights: Tensor) -> bool:
+    cast = _autocast_dtype(x)
+    dtypes = {cast or t.dtype for t in (x, *weights)}
+    return (
+        is_used(operation, x)
+        and len(dtypes) == 1
+        and dtypes <= {*_HALF}
+        and all(size % 16 == 0 for weight in weights for size in weight.shape)
+    )
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    cast = _autocast_dtype(tensors[0])
+    return tensors if cast is None else tuple(t if t is None else t.to(cast) for t in tensors)
 
 
 def _norm_is_fused(x: Tensor, *others: Tensor | None) -> bool:
@@ -156,7 +180,7 @@ def _has_kernels(operation: str, device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
     major, _ = torch.cuda.get_device_capability(device)
-    return major in (9, 10) if operation == "linear_gelu" else major >= 8
+    return major >= 8 if operation == "add_layer_norm" else major in (9, 10)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -224,11 +248,39 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         x, weight, hidden = ctx.saved_tensors
-        x_needed, weight_needed, _ = ctx.needs_input_grad
         grad_hidden, grad_bias = ops.gelu_backward(hidden, grad_output)
-        rows = grad_hidden.flatten(0, -2)
-        return (
-            (rows @ weight).view(x.shape) if x_needed else None,
-            rows.T @ x.flatten(0, -2) if weight_needed else None,
-            grad_bias.to(ctx.bias_dtype),
-        )
+        gradients = _linear_backward(grad_hidden, x, weight, *ctx.needs_input_grad[:2])
+        return *gradients, grad_bias.to(ctx.bias_dtype)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None
+    ) -> Tensor:
+        hidden, activated = ops.linear_gelu(x, weight1, bias1, True)
+        ctx.save_for_backward(x, weight1, hidden, activated, weight2)
+        ctx.bias_dtype = bias1.dtype
+        return F.linear(activated, weight2, bias2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        x, weight1, hidden, activated, weight2 = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        _, grad_weight2 = _linear_backward(grad_output, activated, weight2, False, needed[3])
+        grad_hidden, grad_bias1 = ops.gelu_linear_backward(grad_output, weight2, hidden)
+        gradients = _linear_backward(grad_hidden, x, weight1, *needed[:2])
+        grad_bias2 = grad_output.flatten(0, -2).sum(0) if needed[4] else None
+        return *gradients, grad_bias1.to(ctx.bias_dtype), grad_weight2, grad_bias2
+
+
+def _linear_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, x_needed: bool, weight_needed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a linear layer's input and weight."""
+    rows = grad_output.flatten(0, -2)
+    return (
+        (rows @ weight).view(x.shape) if x_needed else None,
+        rows.T @ x.flatten(0, -2) if weight_needed else None,
+    )

@@ -32,21 +32,29 @@ class Mlp(layers.Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token."""
         if not torch.jit.is_scripting() and self._is_fused(x):
-            x = functional.linear_gelu(x, self.fc1.weight, self.fc1.get_parameter("bias"))
+            x = self._fused_forward(x)
         else:
-            x = self.act(self.fc1(x))
-        x = self.drop2(self.fc2(self.drop1(x)))
+            x = self.drop1(self.act(self.fc1(x)))
+            x = self.fc2(x)
+        x = self.drop2(x)
         return x
 
     @torch.jit.ignore
     def _is_fused(self, x: Tensor) -> bool:
+        modules = self.fc1, self.act, self.fc2
         return (
             functional.is_used("linear_gelu", x)
-            and type(self.fc1) is nn.Linear
-            and type(self.act) is nn.GELU
-            and not is_observed(self.fc1)
-            and not is_observed(self.act)
+            and [type(module) for module in modules] == [nn.Linear, nn.GELU, nn.Linear]
+            and self.fc1.bias is not None
+            and not any(map(is_observed, (*modules, self.drop1)))
+            and (self.drop1.p == 0 or not self.training)
         )
+
+    @torch.jit.ignore
+    def _fused_forward(self, x: Tensor) -> Tensor:
+        first, second = self.fc1, self.fc2
+        bias = first.get_parameter("bias")
+        return functional.mlp(x, first.weight, bias, second.weight, second.bias)
 
 
 def is_observed(module: nn.Module) -> bool:

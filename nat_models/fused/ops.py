@@ -126,6 +126,27 @@ def _gelu_backward(hidden: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]
     return grad_hidden, grad_bias
 
 
+def _gelu_linear_backward_fake(
+    grad_output: Tensor, weight: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _gelu_backward_fake(hidden, grad_output)
+
+
+def _gelu_linear_backward(
+    grad_output: Tensor, weight: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    from nat_models.fused.kernels import linear_gelu
+
+    grad_hidden = torch.empty_like(hidden)
+    if hidden.numel() == 0:
+        return grad_hidden, hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
+    with _on_device_of(hidden):
+        grad_bias = linear_gelu.backward_of_two(
+            grad_output.contiguous(), weight.contiguous(), hidden, grad_hidden
+        )
+    return grad_hidden, grad_bias
+
+
 def _promoted(x: Tensor, branch: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, branch.dtype)
 
@@ -157,4 +178,10 @@ gelu_backward = _define(
     "gelu_backward(Tensor hidden, Tensor grad_output) -> (Tensor grad_hidden, Tensor grad_bias)",
     _gelu_backward_fake,
     _gelu_backward,
+)
+gelu_linear_backward = _define(
+    "gelu_linear_backward(Tensor grad_output, Tensor weight, Tensor hidden) "
+    "-> (Tensor grad_hidden, Tensor grad_bias)",
+    _gelu_linear_backward_fake,
+    _gelu_linear_backward,
 )

@@ -35,13 +35,36 @@ def forward(
     tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """Fill `output` [..., N] and, unless None, `hidden` [..., N]; all tensors are contiguous."""
-    channels, width = x.shape[-1], weight.shape[0]
+    width, channels = weight.shape
     rows = x.numel() // channels
-    if tile is None:
-        tile = choose_tile(channels, width)
-    dtypes = x.dtype, bias.dtype, hidden is not None
-    launch = _launch(rows, channels, width, tile, x.device, *dtypes)
-    launch(x, weight, bias, hidden, output)
+    tile = tile or choose_tile(channels, width)
+    kinds = x.dtype, bias.dtype, hidden is not None
+    launch = _launch(rows, channels, width, tile, False, x.device, *kinds)
+    launch(x, weight, bias, hidden, output, None)
+
+
+def backward_of_two(
+    grad: Tensor, weight: Tensor, hidden: Tensor, grad_hidden: Tensor, tile: Tile | None = None
+) -> Tensor:
+    """Fill `grad_hidden` [..., N] through the GELU and the linear layer after it, all contiguous.
+
+    Args:
+        grad: Gradient of that layer's result, [..., K].
+        weight: Weight of that layer, [K, N].
+        hidden: What the GELU was taken of, [..., N].
+        grad_hidden: Its gradient, to be filled.
+        tile: As chosen if None.
+
+    Returns:
+        The sum of `grad_hidden` over rows, [N], fp32.
+    """
+    channels, width = weight.shape
+    rows = grad.numel() // channels
+    tile = tile or choose_tile(channels, width)
+    parts = torch.empty((triton.cdiv(rows, tile.rows), width), device=grad.device)
+    launch = _launch(rows, channels, width, tile, True, grad.device, grad.dtype)
+    launch(grad, weight, None, hidden, grad_hidden, parts)
+    return parts.sum(0)
 
 
 def backward(hidden: Tensor, grad_output: Tensor, grad_hidden: Tensor) -> Tensor:
@@ -76,7 +99,7 @@ def _gradient_launch(rows: int, width: int, strips: int, *_: Any) -> Launch:
 
 @lru_cache(CACHED_PROBLEMS)
 def _launch(
-    rows: int, channels: int, width: int, tile: Tile, *_: Any
+    rows: int, channels: int, width: int, tile: Tile, is_gradient: bool, *_: Any
 ) -> "Launch | DescriptorLaunch":
     m, n, k = tile.rows, tile.columns, tile.channels
     walks_columns = tile.way == "rows"
@@ -90,12 +113,9 @@ def _launch(
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if not tile.descriptors:
         return Launch(kernel, programs, arguments, **options)
-    layouts = (
-        ((rows, channels), (m, k)),
-        ((width, channels), (n, k)),
-        None,
-        *(((rows, width), (m, n)) for _ in range(2)),
-    )
+    whole, block = (rows, width), (m, n)
+    weight = ((channels, width), (k, n)) if is_gradient else ((width, channels), (n, k))
+    layouts = ((rows, channels), (m, k)), weight, None, (whole, block), (whole, block), None
     return DescriptorLaunch(kernel, programs, layouts, arguments, options)
 
 
@@ -110,7 +130,7 @@ class DescriptorLaunch:
         self._layouts = layouts
         self._arguments = [arguments[name] for name in kernel.arg_names[-len(arguments) :]]
         self._options = options
-        self._compiled: Any = None
+        self._compiled: dict[int, Any] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current GPU and stream."""
@@ -119,17 +139,20 @@ class DescriptorLaunch:
             else TensorDescriptor(tensor, list(layout[0]), [layout[0][1], 1], list(layout[1]))
             for tensor, layout in zip(tensors, self._layouts, strict=True)
         ]  # fmt: skip
-        if self._compiled is not None:
-            self._compiled(*described, *self._arguments)
+        bias = tensors[2]
+        alignment = 0 if bias is None else bias.data_ptr() % 16
+        launch = self._compiled.get(alignment)
+        if launch is not None:
+            launch(*described, *self._arguments)
             return
         compiled = self._kernel(*described, *self._arguments, **self._options)
         if compiled is not None:  # not interpreted
-            self._compiled = compiled[self._grid]
+            self._compiled[alignment] = compiled[self._grid]
 
 
 @triton.jit
 def _gemm_gelu_rows_kernel(
-    x, weight, bias, hidden, output, rows,
+    x, weight, bias, hidden, output, parts, rows,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -137,14 +160,14 @@ def _gemm_gelu_rows_kernel(
     first = tl.program_id(0) * M
     left = _load(x, first, 0, rows, CHANNELS, M, K, TMA)
     for column in range(0, WIDTH, N):
-        right = _load(weight, column, 0, WIDTH, CHANNELS, N, K, TMA)
-        products = tl.dot(left, right.T)
-        _finish(products, bias, hidden, output, first, column, rows, WIDTH, M, N, TMA)
+        right = _load_weight(weight, column, 0, WIDTH, CHANNELS, N, K, TMA, parts is not None)
+        products = tl.dot(left, right)
+        _finish(products, bias, hidden, output, parts, first, column, rows, WIDTH, M, N, TMA)
 
 
 @triton.jit
 def _gemm_gelu_tile_kernel(
-    x, weight, bias, hidden, output, rows,
+    x, weight, bias, hidden, output, parts, rows,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -155,26 +178,43 @@ def _gemm_gelu_tile_kernel(
     products = tl.zeros((M, N), tl.float32)
     for channel in range(0, CHANNELS, K):
         left = _load(x, first, channel, rows, CHANNELS, M, K, TMA)
-        right = _load(weight, column, channel, WIDTH, CHANNELS, N, K, TMA)
-        products = tl.dot(left, right.T, products)
-    _finish(products, bias, hidden, output, first, column, rows, WIDTH, M, N, TMA)
+        right = _load_weight(weight, column, channel, WIDTH, CHANNELS, N, K, TMA, parts is not None)
+        products = tl.dot(left, right, products)
+    _finish(products, bias, hidden, output, parts, first, column, rows, WIDTH, M, N, TMA)
 
 
 @triton.jit
 def _finish(
-    products, bias, hidden, output, first, column, rows,
+    products, bias, hidden, output, parts, first, column, rows,
     WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Bias and GELU of a tile [M, N], stored."""
+    """A tile [M, N]: bias and GELU, or with `parts` the GELU's derivative and the rows' sum."""
     columns = column + tl.arange(0, N)
-    if WIDTH % N == 0:
-        shift = tl.load(bias + columns)
+    if parts is not None:
+        values = _load(hidden, first, column, rows, WIDTH, M, N, TMA).to(tl.float32)
+        _, derivative = gelu_with_derivative(values)
+        grad = products * derivative
+        _store(output, grad, first, column, rows, WIDTH, M, N, TMA)
+        tl.store(parts + first // M * WIDTH + columns, tl.sum(grad, 0), columns < WIDTH)
     else:
         shift = tl.load(bias + columns, columns < WIDTH, 0.0)
-    values = products + shift.to(tl.float32)[None, :]
-    if hidden is not None:
-        _store(hidden, values, first, column, rows, WIDTH, M, N, TMA)
-    _store(output, gelu(values), first, column, rows, WIDTH, M, N, TMA)
+        values = products + shift.to(tl.float32)[None, :]
+        if hidden is not None:
+            _store(hidden, values, first, column, rows, WIDTH, M, N, TMA)
+        _store(output, gelu(values), first, column, rows, WIDTH, M, N, TMA)
+
+
+@triton.jit
+def _load_weight(
+    weight, column, channel, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, IS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """A block [K, N] of the right factor: of weight.T, or of weight [CHANNELS, WIDTH]."""
+    if IS_GRADIENT:
+        block = _load(weight, channel, column, CHANNELS, WIDTH, K, N, TMA)
+    else:
+        block = _load(weight, column, channel, WIDTH, CHANNELS, N, K, TMA).T
+    return block
 
 
 @triton.jit

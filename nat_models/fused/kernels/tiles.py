@@ -22,4 +22,4 @@ def choose_tile(channels: int, width: int) -> Tile:
         return Tile("rows", 128, 64, 64, 4, 3)
     if channels <= 128:
         return Tile("rows", 128, columns, 128, 8, 3)
-    return Tile("tiles", 128, columns, 64, 8, 4)
+    return Tile("tiles", 128, columns, 64, 8, 3)

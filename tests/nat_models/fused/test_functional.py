@@ -96,6 +96,28 @@ def test_linear_gelu(device, compiled):
 
 
 @FUSED
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_mlp(device, compiled):
+    x = tensors(device, torch.float16)[0]
+    weights = [torch.randn(shape, device=device) / 8 for shape in [(WIDTH, CHANNELS), (48, WIDTH)]]
+    biases = [torch.randn(width, device=device) for width in (WIDTH, 48)]
+    leaves = [
+        x, *(t.half().requires_grad_() for pair in zip(weights, biases, strict=True) for t in pair)
+    ]  # fmt: skip
+
+    def function():
+        return fused.mlp(*leaves)
+
+    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    x, weight1, bias1, weight2, bias2 = (t.double() for t in leaves)
+    expected = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    torch.testing.assert_close(run().double(), expected, rtol=5e-3, atol=5e-3)
+    wanted = gradients([expected], leaves)
+    for actual, exact in zip(gradients([run()], leaves), wanted, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-2, atol=1e-2 * exact.abs().max().item())
+
+
+@FUSED
 def test_autocast(device):
     """A stream in fp32, branches in half precision; a norm in fp32, one for a branch in half."""
     x, branch, weight, bias = tensors(device)

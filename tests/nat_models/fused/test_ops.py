@@ -41,6 +41,14 @@ def test_gelu_backward(maps):
     torch.library.opcheck(ops.gelu_backward, (maps[0], maps[1]), test_utils=TESTS)
 
 
+def test_gelu_linear_backward(device):
+    grad, weight, hidden = (
+        torch.randn(s, device=device).half() for s in [(5, 32), (32, 64), (5, 64)]
+    )
+    arguments = grad, weight, hidden
+    torch.library.opcheck(ops.gelu_linear_backward, arguments, test_utils=TESTS)
+
+
 def test_strided_tensors(maps, device):
     """A transposed map, an expanded gradient."""
     weight, bias = vectors(device)

@@ -37,6 +37,21 @@ def test_forward(tile, shape, has_hidden):
         torch.testing.assert_close(hidden.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_backward_of_two(tile, shape):
+    rows, channels, width = shape
+    grad = torch.randn(rows, channels, device=DEVICE).half()
+    weight = (torch.randn(channels, width, device=DEVICE) / channels**0.5).half()
+    hidden = torch.randn(rows, width, device=DEVICE).half()
+    grad_hidden = torch.full_like(hidden, torch.nan)
+    grad_bias = linear_gelu.backward_of_two(grad, weight, hidden, grad_hidden, tile)
+    x = hidden.double().requires_grad_()
+    F.gelu(x).backward(grad.double() @ weight.double())
+    torch.testing.assert_close(grad_hidden.double(), x.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(grad_bias.double(), x.grad.sum(0), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(75, 200), (32, 128)], ids=["edges", "whole"])
 def test_backward(shape):
     hidden = torch.linspace(-8, 8, shape[0] * shape[1], device=DEVICE).view(shape)
