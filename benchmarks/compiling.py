@@ -87,8 +87,11 @@ def compile_only() -> Iterator[list[Kernel]]:
     """Triton compiles, but launches nothing; tensors may be on the CPU."""
     import triton
 
+    from neighborhood_attention.backends.triton import tile_table
+
     run, capability = triton.JITFunction.run, torch.cuda.get_device_capability
     properties = torch.cuda.get_device_properties
+    tile_capability = tile_table.capability
     kernels: list[Kernel] = []
 
     def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -99,12 +102,14 @@ def compile_only() -> Iterator[list[Kernel]]:
     triton.JITFunction.run = only_compile
     torch.cuda.get_device_capability = lambda _=None: capability(0)
     torch.cuda.get_device_properties = lambda _=None: properties(0)
+    tile_table.capability = lambda _: tile_capability(torch.device("cuda", 0))
     try:
         yield kernels
     finally:
         triton.JITFunction.run = run
         torch.cuda.get_device_capability = capability
         torch.cuda.get_device_properties = properties
+        tile_table.capability = tile_capability
 
 
 def _described(compiled: Any) -> Kernel:

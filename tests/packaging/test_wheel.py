@@ -62,6 +62,7 @@ def test_it_holds_the_two_packages_and_the_configs(wheel):
         if name.startswith("nat_models/configs/")
     }
     assert {"nat_models/py.typed", "neighborhood_attention/py.typed"} <= set(names)
+    assert "neighborhood_attention/backends/triton/tile_table.json" in names
 
 
 def test_the_models_are_registered_with_timm(installed, tmp_path):

@@ -1,11 +1,15 @@
 """Which tiles the fused kernels use, and how the tiles of an axis lie against its borders."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from math import ceil, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from neighborhood_attention.backends.triton.tile import Tile as Tile
+from neighborhood_attention.backends.triton.tile import Tiles as Tiles
+from neighborhood_attention.backends.triton.tile_table import Key, table
 from neighborhood_attention.geometry import (
     Neighborhood,
     attending_end,
@@ -19,44 +23,7 @@ if TYPE_CHECKING:
     from neighborhood_attention.backends.triton.launch import Problem
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A program's tile of tokens, and the strips of the tokens that they meet, over three axes."""
-
-    tile: tuple[int, int, int]
-    strip: tuple[int, int, int]
-    num_warps: int
-    num_stages: int = 2
-    max_registers: int | None = None
-    programs: int = 2048  # to aim at where a program walks over images: more cost partial sums
-
-    @property
-    def warps(self) -> tuple[int, int]:
-        """Warps over the rows, and over the columns, of a product [tile, strip]."""
-        rows = min(self.num_warps, max(1, prod(self.tile) // 16))
-        return rows, self.num_warps // rows
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """Triton's options for a launch."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "maxnreg": self.max_registers,
-        }
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The tiles of the fused kernels."""
-
-    forward: Tile
-    query_gradient: Tile
-    key_gradient: Tile
-    bias_gradient: Tile
-    query_bias_gradient: Tile | None = None  # in place of query and bias gradient
-    whole_group: Tile | None = None  # in place of all gradients
-
+_log = logging.getLogger("neighborhood_attention")
 
 # The fastest of those measured on an H100 with head dimension 32 and 16 bits: benchmarks/NOTES.md.
 # Small tiles with few warps waste few scores.
@@ -92,7 +59,30 @@ HUGE_HEADS = Tiles(*[Tile((1, 4, 4), (1, 2, 8), num_warps=4, num_stages=1)] * 4)
 
 
 def choose_tiles(problem: "Problem", window: Neighborhood) -> Tiles:
-    """The tiles for a problem, by its axes and the size of its heads and of its dilation groups."""
+    """The tiles for a problem: those of the table, else those by the rule."""
+    key, tiles = Key.of(problem, window), tiles_by_rule(problem, window)
+    entry = table().get(key)
+    if entry is not None:
+        settings: dict[str, Any] = dict(entry)
+        return replace(tiles, **settings)
+    if key.capability is not None:
+        _warn_untuned(key.capability)
+    return tiles
+
+
+@cache
+def _warn_untuned(capability: str) -> None:
+    """Once, unless other problems are tuned for this GPU."""
+    if all(key.capability != capability for key in table()):
+        _log.warning(
+            "the kernels are not tuned for GPUs of compute capability %s and may be slow there: "
+            "see python -m neighborhood_attention.tune --help",
+            capability,
+        )
+
+
+def tiles_by_rule(problem: "Problem", window: Neighborhood) -> Tiles:
+    """By the axes and the size of the heads and of the dilation groups."""
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
     head_bytes = head_dim * problem.query.dtype.itemsize
     if head_bytes > 256:

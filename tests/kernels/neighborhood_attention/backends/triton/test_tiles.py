@@ -9,7 +9,9 @@ from oracle import axis_window
 pytest.importorskip("triton")
 
 from neighborhood_attention.backends import Inputs
+from neighborhood_attention.backends.triton import tile_table, tiles
 from neighborhood_attention.backends.triton.launch import Problem, describe
+from neighborhood_attention.backends.triton.tile_table import Key
 from neighborhood_attention.backends.triton.tiles import (
     HUGE_HEADS,
     HUGE_SEQUENCE,
@@ -19,11 +21,13 @@ from neighborhood_attention.backends.triton.tiles import (
     VOLUME,
     WHOLE_GROUP,
     WINDOWED,
+    Tile,
     TilePlan,
     choose_tiles,
     plan_tiles,
     three_axes,
     tile_axis,
+    tiles_by_rule,
 )
 from neighborhood_attention.geometry import Neighborhood
 
@@ -144,11 +148,51 @@ def test_the_tiles_follow_the_axes_the_head_and_the_dilation_group(
     query = torch.empty(1, *spatial, 2, head_dim, dtype=dtype, device="meta")
     dims = len(spatial)
     window = Neighborhood((7,) * dims, (1,) * dims, (dilation,) * dims, (False,) * dims)
-    assert choose_tiles(Problem.of(describe(Inputs(query, query, query))), window) is expected
+    assert tiles_by_rule(Problem.of(describe(Inputs(query, query, query))), window) is expected
 
 
 def test_the_larger_of_both_head_dimensions_decides():
     query, value = (torch.empty(1, 9, 9, 2, d, device="meta") for d in (16, 32))
     window = Neighborhood((3, 3), (1, 1), (1, 1), (False, False))
-    assert choose_tiles(Problem.of(describe(Inputs(query, query, value))), window) is LARGE_HEADS
-    assert choose_tiles(Problem.of(describe(Inputs(value, value, query))), window) is LARGE_HEADS
+    assert tiles_by_rule(Problem.of(describe(Inputs(query, query, value))), window) is LARGE_HEADS
+    assert tiles_by_rule(Problem.of(describe(Inputs(value, value, query))), window) is LARGE_HEADS
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """capability("9.0"): of all GPUs from now on."""
+
+    def set_capability(name):
+        monkeypatch.setattr(tile_table, "capability", lambda device: name)
+
+    yield set_capability
+    tiles._warn_untuned.cache_clear()
+
+
+def problem_of(side, dtype=torch.bfloat16):
+    query = torch.empty(1, side, side, 2, 32, dtype=dtype, device="meta")
+    return Problem.of(describe(Inputs(query, query, query)))
+
+
+SEVEN = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
+
+
+def test_the_table_stands_above_the_rule(capability, monkeypatch):
+    capability("9.0")
+    problem, tile = problem_of(20), Tile((1, 2, 4), (1, 2, 4), num_warps=2)
+    entry = {"forward": tile, "query_bias_gradient": None}
+    monkeypatch.setitem(tile_table.table(), Key.of(problem, SEVEN), entry)
+    assert choose_tiles(problem, SEVEN) == dataclasses.replace(WINDOWED, **entry)
+    assert choose_tiles(problem_of(21), SEVEN) is WINDOWED
+    assert choose_tiles(problem_of(20, torch.float32), SEVEN) is LARGE_HEADS
+
+
+def test_a_gpu_that_is_not_in_the_table_is_named_once(capability, caplog):
+    for name in ("9.0", None, "8.6", "8.6", "8.9"):
+        capability(name)
+        for side in (56, 57):
+            assert choose_tiles(problem_of(side), SEVEN) == WINDOWED
+    assert [(r.levelname, r.args) for r in caplog.records] == [
+        ("WARNING", ("8.6",)),
+        ("WARNING", ("8.9",)),
+    ]
