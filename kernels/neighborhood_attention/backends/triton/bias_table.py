@@ -70,7 +70,7 @@ class BiasTable:
 
 @triton.jit
 def _build_kernel(
-    rpb, table, heads, size, types, tiles, front, back,
+    rpb, table, heads, size, types, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,

@@ -56,6 +56,7 @@ from neighborhood_attention.backends.triton.tiles import (
 from neighborhood_attention.backends.triton.window import (
     additional_scores,
     count_strips,
+    count_tiles,
     flat_block,
     group_lengths,
     load_additional,
@@ -185,7 +186,7 @@ def _query_gradient_kernel(
     output, lse, grad_lse, delta, table, grad_query,
     query_strides, key_strides, value_strides, grad_output_strides, grad_query_strides,
     additional_key_strides, additional_value_strides, additional_count,
-    table_stride, size, heads, heads_per_key, scale, tiles, front, back,
+    table_stride, size, heads, heads_per_key, scale, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -196,6 +197,7 @@ def _query_gradient_kernel(
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    tiles = count_tiles(size, DILATION, TILE)
     image, head, group, tile = locate_tile(heads, tiles, DILATION)
     length = group_lengths(group, size, DILATION)
     start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
@@ -273,7 +275,7 @@ def _key_gradient_kernel(
     query, key, value, grad_output, lse, delta, table, grad_key, grad_value,
     query_strides, key_strides, value_strides, grad_output_strides,
     grad_key_strides, grad_value_strides,
-    table_stride, size, heads, heads_per_key, scale, tiles, front, back,
+    table_stride, size, heads, heads_per_key, scale, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -284,6 +286,7 @@ def _key_gradient_kernel(
     """One tile of keys. Grid: (images * dilation groups * tiles * key heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    tiles = count_tiles(size, DILATION, TILE)
     image, key_head, group, tile = locate_tile(heads // heads_per_key, tiles, DILATION)
     length = group_lengths(group, size, DILATION)
     start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, True)

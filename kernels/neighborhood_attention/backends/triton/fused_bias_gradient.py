@@ -20,6 +20,7 @@ from neighborhood_attention.backends.triton.tiles import Tile, TilePlan, plan_ti
 from neighborhood_attention.backends.triton.window import (
     block_positions,
     count_items,
+    count_tiles,
     flat_block,
     group_lengths,
     groups_alike,
@@ -122,7 +123,7 @@ class BiasReduction:
 def _partial_kernel(
     query, key, value, grad_output, lse, delta, table, partial,
     query_strides, key_strides, value_strides, grad_output_strides, table_stride,
-    batch, shares, positions, size, heads, heads_per_key, scale, tiles, front, back,
+    batch, shares, positions, size, heads, heads_per_key, scale, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -138,6 +139,7 @@ def _partial_kernel(
     ALL_STRIPS: tl.constexpr = STRIPS[0] * STRIPS[1] * STRIPS[2]
     block = tl.program_id(0)
     strip = block % ALL_STRIPS
+    tiles = count_tiles(size, DILATION, TILE)
     tile, group = locate_position(block // ALL_STRIPS % positions, size, tiles, DILATION)
     head = (block // ALL_STRIPS // positions % heads).to(tl.int64)
     share = block // ALL_STRIPS // positions // heads
@@ -189,7 +191,7 @@ def _partial_kernel(
 
 @triton.jit
 def _reduce_kernel(
-    partial, gradient, positions, items, splits, blocks, size, heads, tiles, front, back,
+    partial, gradient, positions, items, splits, blocks, size, heads, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -217,6 +219,7 @@ def _reduce_kernel(
     i = tl.arange(0, ITEMS * TILE_TOKENS)
     tile_d, tile_h, tile_w = block_positions(TILE, i % TILE_TOKENS)
     total = tl.zeros((ITEMS * TILE_TOKENS, COLUMNS), tl.float32)
+    tiles = count_tiles(size, DILATION, TILE)
     for first in range(split * ITEMS, items, splits * ITEMS):
         item = first + i // TILE_TOKENS
         tile, group = locate_position(item % positions, size, tiles, DILATION)

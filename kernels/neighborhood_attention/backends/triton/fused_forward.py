@@ -21,6 +21,7 @@ from torch import Tensor
 
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton.bias_table import BiasTable
+from neighborhood_attention.backends.triton.fused_whole_group_forward import whole_group_forward
 from neighborhood_attention.backends.triton.launch import (
     CACHED_PROBLEMS,
     Launch,
@@ -32,8 +33,10 @@ from neighborhood_attention.backends.triton.launch import (
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import choose_tiles, plan_tiles
 from neighborhood_attention.backends.triton.window import (
+    add_strip,
     additional_scores,
     count_strips,
+    count_tiles,
     flat_block,
     group_lengths,
     is_overflow,
@@ -61,31 +64,31 @@ def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor,
     output = torch.empty((*shape, value.shape[-1]), dtype=query.dtype, device=device)
     lse = torch.empty(shape, dtype=torch.float32, device=device)
     if output.numel() > 0:
-        table, launch = _prepare(describe(inputs), window, scale)
-        launch(query, key, value, *additional, table.build(rpb), output, lse)
+        table, launch, takes_additional = _prepare(describe(inputs), window, scale)
+        tensors = (query, key, value, *additional) if takes_additional else (query, key, value)
+        launch(*tensors, table.build(rpb), output, lse)
     return output, lse
 
 
 @lru_cache(CACHED_PROBLEMS)
 def _prepare(
     description: tuple[Any, ...], window: Neighborhood, scale: float
-) -> tuple[BiasTable, Launch]:
+) -> tuple[BiasTable, Launch, bool]:
     problem = Problem.of(description)
     batch, *spatial, heads, _ = problem.query.shape
     tile = choose_tiles(problem, window).forward
     plan = plan_tiles(tile, window, tuple(spatial), of_keys=False)
     table = BiasTable(problem, window, plan)
-    launch = Launch(
-        _forward_kernel,
-        batch * plan.programs * heads,
-        {
-            "table_stride": table.head_stride, "scale": scale, "IS_NEGATIVE": scale < 0,
-            **problem.map_arguments(), **problem.head_arguments, **problem.additional_arguments,
-            **window_arguments(window), **plan_arguments(plan),
-        },
-        **tile.options,
-    )  # fmt: skip
-    return table, launch
+    settings = {
+        "table_stride": table.head_stride, "scale": scale, "IS_NEGATIVE": scale < 0,
+        **problem.map_arguments(), **problem.head_arguments, **problem.additional_arguments,
+        **window_arguments(window), **plan_arguments(plan),
+    }  # fmt: skip
+    is_whole_group = plan.holds_groups and tile.tile == tile.strip
+    if is_whole_group and problem.additional_keys is None:
+        return table, whole_group_forward(problem, plan, settings), False
+    programs = batch * plan.programs * heads
+    return table, Launch(_forward_kernel, programs, settings, **tile.options), True
 
 
 @triton.jit
@@ -93,7 +96,7 @@ def _forward_kernel(
     query, key, value, additional_key, additional_value, table, output, lse,
     query_strides, key_strides, value_strides,
     additional_key_strides, additional_value_strides, additional_count,
-    table_stride, size, heads, heads_per_key, scale, tiles, front, back,
+    table_stride, size, heads, heads_per_key, scale, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -105,6 +108,7 @@ def _forward_kernel(
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
+    tiles = count_tiles(size, DILATION, TILE)
     image, head, group, tile = locate_tile(heads, tiles, DILATION)
     length = group_lengths(group, size, DILATION)
     start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
@@ -139,7 +143,7 @@ def _forward_kernel(
             )  # fmt: skip
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             s = additional_scores(dots, scale, first_key, additional_count, STRIP_TOKENS)
-            running_max, running_sum, running_output = _add_strip(
+            running_max, running_sum, running_output = add_strip(
                 running_max, running_sum, running_output, s, v, PRECISION
             )
 
@@ -156,7 +160,7 @@ def _forward_kernel(
         bias = in_rows(bias, TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s = masked_scores(dots, scale, bias.to(tl.float32))
-        running_max, running_sum, running_output = _add_strip(
+        running_max, running_sum, running_output = add_strip(
             running_max, running_sum, running_output, s, v, PRECISION
         )
 
@@ -167,14 +171,3 @@ def _forward_kernel(
     store_tokens(output, token * VALUE_DIM, is_query, result, VALUE_DIM, BLOCK_V)
     result = (running_max + tl.log2(running_sum)) / 1.4426950408889634
     tl.store(lse + token, result, mask=is_query)
-
-
-@triton.jit
-def _add_strip(running_max, running_sum, running_output, s, v, PRECISION: tl.constexpr):
-    """One step of the online softmax: the new maximum, sum and output."""
-    new_max = tl.maximum(running_max, tl.max(s, 1))
-    p = tl.exp2(s - new_max[:, None])
-    decay = tl.exp2(running_max - new_max)
-    new_sum = running_sum * decay + tl.sum(p, 1)
-    output = running_output * decay[:, None]
-    return new_max, new_sum, tl.dot(p.to(v.dtype), v, output, input_precision=PRECISION)

@@ -20,6 +20,7 @@ from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
     count_items,
+    count_tiles,
     flat_block,
     group_lengths,
     groups_alike,
@@ -80,7 +81,7 @@ class QueryBiasGradient:
 def _query_bias_gradient_kernel(
     query, key, value, grad_output, output, lse, grad_lse, delta, table, grad_query, sums,
     query_strides, key_strides, value_strides, grad_output_strides, grad_query_strides,
-    table_stride, batch, shares, positions, size, heads, heads_per_key, scale, tiles, front, back,
+    table_stride, batch, shares, positions, size, heads, heads_per_key, scale, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -98,6 +99,7 @@ def _query_bias_gradient_kernel(
     head = (program % heads).to(tl.int64)
     position = program // heads % positions
     share = program // heads // positions
+    tiles = count_tiles(size, DILATION, TILE)
     tile, first_group = locate_position(position, size, tiles, DILATION)
     groups = groups_alike(first_group, size, DILATION)
     length = group_lengths(first_group, size, DILATION)

@@ -19,6 +19,7 @@ from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
+    count_tiles,
     flat_block,
     group_lengths,
     groups_alike,
@@ -81,7 +82,7 @@ def _whole_group_kernel(
     grad_query, grad_key, grad_value, sums,
     query_strides, key_strides, value_strides, grad_output_strides,
     grad_query_strides, grad_key_strides, grad_value_strides,
-    table_stride, batch, shares, positions, size, heads, scale, tiles, front, back,
+    table_stride, batch, shares, positions, size, heads, scale, front, back,
     DILATION: tl.constexpr, TILE: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -94,6 +95,7 @@ def _whole_group_kernel(
     head = (program % heads).to(tl.int64)
     position = program // heads % positions
     share = program // heads // positions
+    tiles = count_tiles(size, DILATION, TILE)
     tile, first_group = locate_position(position, size, tiles, DILATION)
     groups = groups_alike(first_group, size, DILATION)
     length = group_lengths(first_group, size, DILATION)

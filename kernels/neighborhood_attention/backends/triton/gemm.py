@@ -37,6 +37,7 @@ from neighborhood_attention.backends.triton.tiles import Tile, plan_tiles
 from neighborhood_attention.backends.triton.window import (
     block_tokens,
     count_strips,
+    count_tiles,
     group_lengths,
     load_tokens,
     locate_tile,
@@ -78,7 +79,7 @@ def launch(
 @triton.jit
 def _products_kernel(
     rows, columns, rpb, lse, weights,
-    row_strides, column_strides, size, heads, scale, tiles,
+    row_strides, column_strides, size, heads, scale,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -86,6 +87,7 @@ def _products_kernel(
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     WINDOW: tl.constexpr = KERNEL_SIZE[0] * KERNEL_SIZE[1] * KERNEL_SIZE[2]
+    tiles = count_tiles(size, DILATION, TILE)
     image, head, group, tile = locate_tile(heads, tiles, DILATION)
     length = group_lengths(group, size, DILATION)
     start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
@@ -120,7 +122,7 @@ def _products_kernel(
 @triton.jit
 def _sums_kernel(
     weights, columns, sums,
-    column_strides, sum_strides, size, heads, scale, tiles,
+    column_strides, sum_strides, size, heads, scale,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -128,6 +130,7 @@ def _sums_kernel(
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     WINDOW: tl.constexpr = KERNEL_SIZE[0] * KERNEL_SIZE[1] * KERNEL_SIZE[2]
+    tiles = count_tiles(size, DILATION, TILE)
     image, head, group, tile = locate_tile(heads, tiles, DILATION)
     length = group_lengths(group, size, DILATION)
     start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, False)
@@ -156,7 +159,7 @@ def _sums_kernel(
 @triton.jit
 def _key_sums_kernel(
     weights, rows, sums,
-    row_strides, sum_strides, size, heads, scale, tiles,
+    row_strides, sum_strides, size, heads, scale,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
@@ -164,6 +167,7 @@ def _key_sums_kernel(
 ):  # fmt: skip
     """One tile of keys. Grid: (images * dilation groups * tiles * heads,)."""
     WINDOW: tl.constexpr = KERNEL_SIZE[0] * KERNEL_SIZE[1] * KERNEL_SIZE[2]
+    tiles = count_tiles(size, DILATION, TILE)
     image, head, group, tile = locate_tile(heads, tiles, DILATION)
     length = group_lengths(group, size, DILATION)
     start, end = tile_ranges(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, True)

@@ -154,7 +154,6 @@ def window_arguments(window: Neighborhood) -> dict[str, tuple[int, ...]]:
 def plan_arguments(plan: TilePlan) -> dict[str, int | tuple[int, ...]]:
     """The tiles and strips, and the warps over them."""
     return {
-        "tiles": tuple(axis.tiles for axis in plan.axes),
         "front": tuple(axis.front for axis in plan.axes),
         "back": tuple(axis.back for axis in plan.axes),
         "TILE": plan.tile.tile,

@@ -27,6 +27,16 @@ bias_index = _compiled(geometry.bias_index)
 
 
 @triton.jit
+def count_tiles(size, DILATION: tl.constexpr, TILE: tl.constexpr):
+    """Tiles of the longest dilation group, an axis."""
+    return (
+        tl.cdiv(tl.cdiv(size[0], DILATION[0]), TILE[0]),
+        tl.cdiv(tl.cdiv(size[1], DILATION[1]), TILE[1]),
+        tl.cdiv(tl.cdiv(size[2], DILATION[2]), TILE[2]),
+    )
+
+
+@triton.jit
 def locate_tile(heads, tiles, DILATION: tl.constexpr):
     """Image, head, dilation group and tile of this program.
 
@@ -364,3 +374,14 @@ def is_overflow(row_max, scale):
 def masked_gradient(p, dp, delta):
     """Gradient of the logits; exactly zero outside the window, whatever `dp` overflowed to."""
     return tl.where(p == 0.0, 0.0, p * (dp - delta))
+
+
+@triton.jit
+def add_strip(running_max, running_sum, running_output, s, v, PRECISION: tl.constexpr):
+    """One step of the online softmax: the new maximum, sum and output."""
+    new_max = tl.maximum(running_max, tl.max(s, 1))
+    p = tl.exp2(s - new_max[:, None])
+    decay = tl.exp2(running_max - new_max)
+    new_sum = running_sum * decay + tl.sum(p, 1)
+    output = running_output * decay[:, None]
+    return new_max, new_sum, tl.dot(p.to(v.dtype), v, output, input_precision=PRECISION)

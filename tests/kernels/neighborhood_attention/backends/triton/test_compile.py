@@ -1,5 +1,7 @@
 """Every launch compiles for Hopper; that needs no GPU, and the interpreter misses such errors."""
 
+import random
+
 import pytest
 import torch
 
@@ -20,8 +22,8 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def compile_launch(kernel, args, kwargs):
-    """As Triton would: an argument of 1 is a constant, one divisible by 16 is known to be so."""
+def specialised(kernel, args, kwargs):
+    """What Triton compiles: an argument of 1 is a constant, one divisible by 16 known to be so."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     options = {name: values.pop(name) for name in OPTIONS if name in values}
     signature, constants, attributes = {}, {}, {}
@@ -45,8 +47,12 @@ def compile_launch(kernel, args, kwargs):
         else:
             signature[parameter.name] = specialise(value, (i,))
     assert not values, f"unknown arguments {sorted(values)}"
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=HOPPER, options=options)
+    return signature, constants, attributes, options
+
+
+def compile_launch(kernel, args, kwargs):
+    *source, options = specialised(kernel, args, kwargs)
+    return triton.compile(ASTSource(kernel, *source), target=HOPPER, options=options)
 
 
 @pytest.fixture
@@ -98,18 +104,37 @@ def test_all_kernels_compile_for_hopper(name, launches):
     output, lse = fused_forward.forward(inputs, window, 0.5)
     fused_backward.backward(output, lse, inputs, output, lse, window, 0.5, inputs)
     names = [kernel.__name__ for kernel, *_ in launches]
+    forward = "_forward_kernel"
     backward = ["_query_gradient_kernel", "_key_gradient_kernel", "_partial_kernel"]
     if choice is tiles.WHOLE_GROUP:
-        backward = ["_whole_group_kernel"]
+        forward, backward = "_whole_group_forward_kernel", ["_whole_group_kernel"]
     elif choice in TUNED:
         backward = ["_query_bias_gradient_kernel", "_key_gradient_kernel"]
     tables = ["_build_kernel"] * (1 + len(backward))
     backward += ["_additional_gradient_kernel"] * (additional > 0)
-    assert sorted(names) == sorted(["_forward_kernel", *backward, *tables, "_reduce_kernel"])
+    assert sorted(names) == sorted([forward, *backward, *tables, "_reduce_kernel"])
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs)
         assert ".target sm_90" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= (LARGE if choice in TUNED else SMALL), kernel.__name__
+
+
+def test_a_hundred_sizes_share_a_few_compilations(launches):
+    window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
+    sizes = random.Random(0)
+    for _ in range(100):
+        height, width = sizes.randint(60, 900), sizes.randint(60, 900)
+        qkv = torch.empty(2, height, width, 3, 2, 32, dtype=bf16, device="meta")
+        inputs = Inputs(*qkv.unbind(3), torch.empty(2, *window.bias_shape, device="meta"))
+        output, lse = fused_forward.forward(inputs, window, 0.5)
+        fused_backward.backward(output, lse, inputs, output, lse, window, 0.5, inputs)
+    compiled = {}
+    for kernel, args, kwargs in launches:
+        compiled.setdefault(kernel.__name__, set()).add(repr(specialised(kernel, args, kwargs)))
+    tables = compiled.pop("_build_kernel")  # three kinds
+    assert len(compiled) >= 3
+    assert all(len(found) <= 16 for found in compiled.values())
+    assert len(tables) <= 3 * 16
 
 
 UNFUSED = {  # spatial, window, dilation, head dimensions, dtype
