@@ -45,7 +45,7 @@ fuzz: $(INSTALLED)  ## thousands of random attention problems against the defini
 test-gpu: export PYTHONPATH := .:kernels:$(PYTHONPATH)
 test-gpu:  ## run the GPU's tests with $(PYTHON) and its own packages
 	$(PYTHON) $(TEST) -m "" tests/kernels
-	$(PYTHON) $(TEST) -m gpu --ignore=tests/kernels tests
+	$(PYTHON) $(TEST) -m "gpu or interpreter" --ignore=tests/kernels tests
 
 lint: $(INSTALLED)  ## check style and format; edits nothing
 	$(BIN)/ruff check .

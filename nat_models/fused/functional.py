@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from nat_models.fused import ops
 
-# Where each is used: nowhere before it has been measured to be the faster there. Inductor, PyTorch's
-# compiler, fuses additions and norms by itself.
+# Where each is used: nowhere before it has been measured to be the faster there. Inductor,
+# PyTorch's compiler, fuses additions and norms by itself.
 USED = {
     "add_layer_norm": {"eager": False, "compiled": False},
     "linear_gelu": {"eager": False, "compiled": False},

@@ -5,10 +5,11 @@
 
 The sum stays in registers until the GELU has been taken; `hidden` is written only where a gradient
 will need it. With few channels such a product is a matter of memory, not of tensor cores: `x`
-should be read once and the results written once. So there are two ways through the matrix:
+should be read once and the results written once. So there are several ways through the matrix:
 
-    rows    a program keeps its rows of `x`, all K channels, and walks over the columns
-    tiles   a program computes one tile, walking over K
+    rows        a program keeps its rows of `x`, all K channels, and walks over the columns
+    tiles       a program computes one tile, walking over K
+    persistent  a program computes many tiles
 
 Tensors are moved as blocks by tensor descriptors (Hopper's TMA) or through pointers.
 """
@@ -73,8 +74,8 @@ def backward(hidden: Tensor, grad_output: Tensor, grad_hidden: Tensor) -> Tensor
     rows = hidden.numel() // width
     block_rows, block_columns = GRADIENT_BLOCK
     columns = triton.cdiv(width, block_columns)
-    processors = _processors(hidden.device) if hidden.device.type == "cuda" else 1
-    strips = min(triton.cdiv(rows, block_rows), triton.cdiv(GRADIENT_WAVES * processors, columns))
+    wanted = GRADIENT_WAVES * _processors(hidden.device)
+    strips = min(triton.cdiv(rows, block_rows), triton.cdiv(wanted, columns))
     parts = torch.empty((strips, width), dtype=torch.float32, device=hidden.device)
     launch = _gradient_launch(rows, width, strips, hidden.dtype, hidden.device)
     launch(hidden, grad_output, grad_hidden, parts)
@@ -83,7 +84,8 @@ def backward(hidden: Tensor, grad_output: Tensor, grad_hidden: Tensor) -> Tensor
 
 @lru_cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 1
 
 
 @lru_cache(CACHED_PROBLEMS)
@@ -99,17 +101,26 @@ def _gradient_launch(rows: int, width: int, strips: int, *_: Any) -> Launch:
 
 @lru_cache(CACHED_PROBLEMS)
 def _launch(
-    rows: int, channels: int, width: int, tile: Tile, is_gradient: bool, *_: Any
+    rows: int,
+    channels: int,
+    width: int,
+    tile: Tile,
+    is_gradient: bool,
+    device: torch.device,
+    *_: Any,
 ) -> "Launch | DescriptorLaunch":
     m, n, k = tile.rows, tile.columns, tile.channels
-    walks_columns = tile.way == "rows"
-    kernel = _gemm_gelu_rows_kernel if walks_columns else _gemm_gelu_tile_kernel
     row_tiles, column_tiles = triton.cdiv(rows, m), triton.cdiv(width, n)
-    programs = row_tiles if walks_columns else row_tiles * column_tiles
     arguments = {
         "rows": rows, "WIDTH": width, "CHANNELS": channels,
         "M": m, "N": n, "K": k, "TMA": tile.descriptors,
     }  # fmt: skip
+    kernel, programs = _gemm_gelu_tile_kernel, row_tiles * column_tiles
+    if tile.way == "rows":
+        kernel, programs = _gemm_gelu_rows_kernel, row_tiles
+    elif tile.way == "persistent":
+        kernel = _gemm_gelu_persistent_kernel
+        programs = arguments["programs"] = min(programs, tile.resident * _processors(device))
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if not tile.descriptors:
         return Launch(kernel, programs, arguments, **options)
@@ -181,6 +192,28 @@ def _gemm_gelu_tile_kernel(
         right = _load_weight(weight, column, channel, WIDTH, CHANNELS, N, K, TMA, parts is not None)
         products = tl.dot(left, right, products)
     _finish(products, bias, hidden, output, parts, first, column, rows, WIDTH, M, N, TMA)
+
+
+@triton.jit
+def _gemm_gelu_persistent_kernel(
+    x, weight, bias, hidden, output, parts, rows, programs,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Every `programs`-th tile, the next fetched while one is finished. Grid: (programs,)."""
+    COLUMN_TILES: tl.constexpr = (WIDTH + N - 1) // N
+    tiles = (rows + M - 1) // M * COLUMN_TILES
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        first = tile // COLUMN_TILES * M
+        column = tile % COLUMN_TILES * N
+        products = tl.zeros((M, N), tl.float32)
+        for channel in range(0, CHANNELS, K):
+            left = _load(x, first, channel, rows, CHANNELS, M, K, TMA)
+            right = _load_weight(
+                weight, column, channel, WIDTH, CHANNELS, N, K, TMA, parts is not None
+            )
+            products = tl.dot(left, right, products)
+        _finish(products, bias, hidden, output, parts, first, column, rows, WIDTH, M, N, TMA)
 
 
 @triton.jit

@@ -6,13 +6,14 @@ from typing import Literal, NamedTuple
 class Tile(NamedTuple):
     """Sizes of a program's block, and how it is computed."""
 
-    way: Literal["rows", "tiles"]
+    way: Literal["rows", "tiles", "persistent"]
     rows: int
     columns: int
     channels: int  # of a step; all of them for "rows", rounded up to a power of 2
     warps: int
     stages: int
     descriptors: bool = True
+    resident: int = 1  # programs of a multiprocessor, for "persistent"
 
 
 def choose_tile(channels: int, width: int) -> Tile:

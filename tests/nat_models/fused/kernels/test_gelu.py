@@ -35,7 +35,7 @@ def test_accuracy():
     reference = x.double().requires_grad_()
     expected = F.gelu(reference)
     expected.sum().backward()
-    assert torch.equal(alone, value)
+    torch.testing.assert_close(alone, value)
     torch.testing.assert_close(alone.double(), expected, rtol=3e-5, atol=3e-7)
     torch.testing.assert_close(derivative.double(), reference.grad, rtol=0, atol=3e-5)
 

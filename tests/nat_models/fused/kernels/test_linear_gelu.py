@@ -13,7 +13,7 @@ TILES = {
     f"{way}-{'descriptors' if descriptors else 'pointers'}": Tile(
         way, 64, 64, 64 if way == "rows" else 32, 4, 3, descriptors
     )
-    for way in ("rows", "tiles")
+    for way in ("rows", "tiles", "persistent")
     for descriptors in (True, False)
 }
 # Rows, K and N: whole blocks, and none of them.

@@ -1,0 +1,77 @@
+"""Every kernel compiles for Hopper; that needs no GPU, and the interpreter misses such errors."""
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from nat_models.fused.kernels import layer_norm, linear_gelu  # noqa: E402
+from nat_models.fused.kernels.tiles import Tile, choose_tile  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # bytes that a program may have
+NUMBERS = {"rows", "rows_per_sample", "blocks", "programs", "strips"}
+
+
+def compile_kernel(kernel, constants, types, **options):
+    """Tensors are in bfloat16 unless `types` says otherwise, and aligned."""
+    signature, values, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name], values[(i,)] = "constexpr", constants[name]
+            continue
+        signature[name] = "i32" if name in NUMBERS else types.get(name, "*bf16")
+        if not signature[name].startswith("tensordesc"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    return triton.compile(source, target=HOPPER, options=options)
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [choose_tile(64, 192), choose_tile(256, 768), Tile("persistent", 128, 128, 64, 8, 3)],
+    ids=["rows", "tiles", "persistent"],
+)
+@pytest.mark.parametrize("is_gradient", [False, True], ids=["forward", "gradient"])
+def test_products(tile, is_gradient):
+    ways = {
+        "rows": linear_gelu._gemm_gelu_rows_kernel,
+        "tiles": linear_gelu._gemm_gelu_tile_kernel,
+        "persistent": linear_gelu._gemm_gelu_persistent_kernel,
+    }
+    m, n, k = tile.rows, tile.columns, tile.channels
+    channels = 64 if tile.way == "rows" else 256
+    sizes = {"x": (m, k), "weight": (k, n) if is_gradient else (n, k)}
+    sizes |= {"hidden": (m, n), "output": (m, n)}
+    types = {name: f"tensordesc<bf16[{a},{b}]>" for name, (a, b) in sizes.items()}
+    constants = {"WIDTH": 3 * channels, "CHANNELS": channels, "M": m, "N": n, "K": k, "TMA": True}
+    constants["bias" if is_gradient else "parts"] = None
+    compiled = compile_kernel(
+        ways[tile.way], constants, types | {"parts": "*fp32"},
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    assert "wgmma" in compiled.asm["ptx"]
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("has_branch", [True, False], ids=["branch", "alone"])
+def test_layer_norm(has_branch):
+    rows, columns = layer_norm._block(96)
+    constants = {"EPS": 1e-5, "CHANNELS": 96, "ROWS": rows, "COLUMNS": columns}
+    absent = [] if has_branch else ["branch", "gamma", "keep"]
+    types = dict.fromkeys(["total", "grad_total", "grad_x", "gamma", "parts"], "*fp32")
+    for kernel, unused in (
+        (layer_norm._layer_norm_forward_kernel, ["total"]),
+        (layer_norm._layer_norm_backward_kernel, ["grad_total", "grad_branch"]),
+    ):
+        nothing = dict.fromkeys([] if has_branch else absent + unused)
+        compile_kernel(kernel, constants | nothing, types, num_warps=4)
+
+
+def test_gelu_gradient():
+    constants = {"WIDTH": 192, "ROWS": 16, "COLUMNS": 128}
+    compile_kernel(linear_gelu._gelu_gradient_kernel, constants, {"parts": "*fp32"}, num_warps=4)
