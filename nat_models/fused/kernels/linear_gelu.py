@@ -62,7 +62,8 @@ def backward_of_two(
     channels, width = weight.shape
     rows = grad.numel() // channels
     tile = tile or choose_tile(channels, width)
-    parts = torch.empty((triton.cdiv(rows, tile.rows), width), device=grad.device)
+    strips = triton.cdiv(rows, tile.rows)
+    parts = torch.empty((strips, width), dtype=torch.float32, device=grad.device)
     launch = _launch(rows, channels, width, tile, True, grad.device, grad.dtype)
     launch(grad, weight, None, hidden, grad_hidden, parts)
     return parts.sum(0)
