@@ -45,6 +45,7 @@ from omegaconf import DictConfig
 from nat_models.cli import config_dir
 from nat_models.engine import run
 from nat_models.engine.console import set_up_logging
+from nat_models.engine.execution import choose_execution
 from nat_models.engine.setup import make_trainer, plain, set_up_torch
 
 PARTS = ("throughput", "loss", "resume")
@@ -240,7 +241,7 @@ def time_steps(each: Record, settings: Record) -> Record:
         "data=fake",
         "model.num_classes=1000",
         "global_batch_size=null",
-        "task.compile=true",
+        "compile=default",
         "callbacks.best=null",
         "callbacks.recent=null",
         "callbacks.last=null",
@@ -258,6 +259,7 @@ def time_steps(each: Record, settings: Record) -> Record:
     clock = Clock(settings["rounds"], settings["round_steps"])
     trainer = make_trainer(cfg)
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+    module.run_by(choose_execution(cfg, trainer, settings["batch"], is_long=True))
     shape = (settings["batch"], 3, settings["size"], settings["size"])
     trainer.fit(module, DeviceBatches(trainer, shape, module.num_classes, clock.steps))
     images = settings["round_steps"] * settings["batch"] * each["gpus"]

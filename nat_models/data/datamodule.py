@@ -44,7 +44,6 @@ class ImageDataModule(LightningDataModule):
         options: See above.
         labels: Of a flat folder of held-out images: file with their names and classes.
         on_error: What to do about an image that cannot be read: "raise", or "skip" and count it.
-        channels_last: Whether images and weights lie in memory with the channels innermost.
         input_size: Channels, height and width that the model is fed; one channel: grey.
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel.
@@ -67,7 +66,6 @@ class ImageDataModule(LightningDataModule):
         options: dict[str, Any] | None = None,
         labels: str | None = None,
         on_error: str = "raise",
-        channels_last: bool = False,
         input_size: list[int] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
@@ -140,8 +138,6 @@ class ImageDataModule(LightningDataModule):
             expected = f"expected one of {sorted(INTERPOLATIONS)}"
             raise ValueError(f"data.interpolation={self.config['interpolation']}: {expected}")
         self._classes = getattr(model, "num_classes", None)
-        if self.settings.channels_last:
-            model.to(memory_format=torch.channels_last)
         augment = self.settings.augment or {}
         self._normalise = Normalise(self.config["mean"], self.config["std"])
         if probability := augment.get("re_prob", 0.0):
@@ -279,8 +275,6 @@ class ImageDataModule(LightningDataModule):
             images = torch.zeros(1, *self.config["input_size"], device=targets.device)
             return images, targets
         images = self._normalise(images)
-        if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         if self.trainer.training:
             if self._erase:
                 self._erase.device = images.device

@@ -53,7 +53,6 @@ class Distiller(Classifier):
 
     def on_fit_start(self) -> None:
         """Put the teacher on the device too, and see to it that it gets images as it knows them."""
-        super().on_fit_start()
         [teacher] = self._teacher
         teacher.to(self.device)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from nat_models.data import ImageDataModule
 from nat_models.engine import facts
 from nat_models.engine.callbacks import accuracy
+from nat_models.engine.execution import choose_execution, evaluates_long
 from nat_models.engine.labels import class_names, real_accuracy, valid_labels
 from nat_models.engine.module import Classifier
 from nat_models.engine.pictures import name_pictures
@@ -55,6 +56,8 @@ def evaluate(cfg: DictConfig) -> Any:
         predictions = Predictions()
         trainer = make_trainer(cfg)
         trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
+        size = data.settings.batch_size
+        module.run_by(choose_execution(cfg, trainer, size, evaluates_long(trainer, data)))
     for name, value in facts.describe(trainer, module, data).items():
         _log.info("%-10s %s", name, value)
     name = cfg.ckpt or given["name"]

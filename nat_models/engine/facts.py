@@ -18,7 +18,7 @@ from neighborhood_attention import resolve_backend
 
 
 def describe(trainer: Trainer, module: Classifier, data: ImageDataModule) -> dict[str, str]:
-    """Device, precision, attention backend and why, data and model, each in a line for people."""
+    """Device, precision, how and what runs, data and model, each in a line for people."""
     model: Any = module.hparams["model"]
     parameters = sum(p.numel() for p in module.model.parameters())
     size = "x".join(map(str, data.config["input_size"]))
@@ -27,6 +27,7 @@ def describe(trainer: Trainer, module: Classifier, data: ImageDataModule) -> dic
     return {
         "device": _device(trainer),
         "precision": str(trainer.precision),
+        "execution": str(module.execution),
         "attention": _attention(trainer, module),
         "data": f"{data.settings.name}: {images} images of {size}, {data.num_classes} classes",
         "model": f"{model['name']}: {parameters / 1e6:.2f} M parameters",

@@ -19,8 +19,9 @@ from nat_models.engine.building import (
     checkpoint_activations,
     freeze_all_but_classifier,
 )
+from nat_models.engine.execution import Execution
 from nat_models.engine.non_finite import clip_or_skip
-from nat_models.engine.optimization import create_optimizer
+from nat_models.engine.optimization import create_optimizer, lay_out_as_weights
 from nat_models.engine.sharding import shard
 
 Batch = tuple[Tensor, Tensor]
@@ -36,7 +37,6 @@ class Classifier(LightningModule):
         optimizer: Arguments of `timm.optim.create_optimizer_v2`.
         scheduler: Arguments of `timm.scheduler.create_scheduler_v2`; its epochs are the trainer's.
         label_smoothing: Share of each target spread evenly over the classes.
-        compile: Whether training runs through `torch.compile`.
         grad_checkpointing: Whether to compute activations anew in the backward pass: less memory,
             more time.
         linear_probe: Whether to train the classifier alone, on the features that it would see in
@@ -49,7 +49,6 @@ class Classifier(LightningModule):
         optimizer: Mapping[str, Any] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
-        compile: bool = False,
         grad_checkpointing: bool = False,
         linear_probe: bool = False,
     ) -> None:
@@ -59,7 +58,7 @@ class Classifier(LightningModule):
         self.optimizer_args = dict(optimizer or {})
         self.scheduler_args = dict(scheduler or {})
         self.label_smoothing = label_smoothing
-        self.compiles = compile
+        self.execution = Execution()
         self.linear_probe = linear_probe
         self.gradient_norm: Tensor
         if grad_checkpointing:
@@ -68,6 +67,11 @@ class Classifier(LightningModule):
             freeze_all_but_classifier(self.model)
         self.val_loss = MeanMetric()
         self.restrict(None)
+
+    def run_by(self, execution: Execution) -> None:
+        """Choose how the model runs; before this it runs as it is."""
+        self.execution = execution
+        execution.prepare(self.model)
 
     def restrict(self, classes: Tensor | None) -> None:
         """Choose the classes that evaluation knows, as indices into the model's; None: all."""
@@ -88,7 +92,7 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, H, W] to logits [B, classes]."""
-        logits: Tensor = self.model(images)
+        logits: Tensor = self.execution(self.model, images)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -127,10 +131,10 @@ class Classifier(LightningModule):
             self.model.eval()
         return self
 
-    def on_fit_start(self) -> None:
-        """Compile in place: the names of the weights stay."""
-        if self.compiles:
-            self.model.compile(dynamic=False)  # FSDP2's blocks share code, but not their sizes
+    def on_train_start(self) -> None:
+        """A checkpoint may have been saved in another memory layout."""
+        for optimizer in self.trainer.optimizers:
+            lay_out_as_weights(optimizer)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule, stepped every update."""

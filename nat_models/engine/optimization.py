@@ -3,13 +3,14 @@
 from functools import partial
 from typing import Any
 
+import torch
 from lightning import Trainer
 from timm.optim import (
     create_optimizer_v2,
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 FUSED = ("adam", "adamw", "sgd")  # timm's names of PyTorch's optimizers with fused kernels
@@ -35,6 +36,18 @@ def create_optimizer(
         on_gpu = trainer.strategy.root_device.type == "cuda"
         options["fused"] = on_gpu and trainer.precision != "16-mixed"
     return create_optimizer_v2(model, **options)
+
+
+def lay_out_as_weights(optimizer: Optimizer) -> None:
+    """Bring an optimizer's state, which may be from a run with another layout, to its weights' one.
+
+    Fused optimizers take it for granted, and would mix up the elements.
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            same_shape = isinstance(value, Tensor) and value.shape == weight.shape
+            if same_shape and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def param_groups(

@@ -17,6 +17,7 @@ from nat_models.engine import facts
 from nat_models.engine.building import neighborhood_attentions
 from nat_models.engine.callbacks import History, accuracy
 from nat_models.engine.console import log_to_file
+from nat_models.engine.execution import choose_execution, trains_long
 from nat_models.engine.folder import claim, resume_path, share_output_dir
 from nat_models.engine.module import Classifier
 from nat_models.engine.publish import push, write_card, write_model
@@ -73,16 +74,20 @@ def train(cfg: DictConfig) -> float:
         accumulate(trainer, cfg, data.sizes["train"])
         if resumed:
             resumed.check_same_pace(data.pace(trainer))
+        size = data.settings.batch_size
+        module.run_by(choose_execution(cfg, trainer, size, trains_long(trainer, data)))
         claim(output, resuming=resumed is not None)
     with log_to_file(output / "train.log"), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)
         trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         output = trainer.strategy.broadcast(output)  # torchrun's processes each name another
         best = output / "best.ckpt"
+        execution = module.execution
         # Not by the trainer's ckpt_path, which would take the callbacks back to that epoch too.
         module = TrainedRun.read(best).module({"attention_backend": cfg.model.attention_backend})
         _draw(output, trainer, module, data)
         _write_model(output / "model", module, data)
+        module.run_by(execution)
         [metrics] = trainer.validate(module, data, verbose=False)
         _write_metrics(output, metrics, module, data, cfg.push_to_hub)
         _log.info("%s  %s", accuracy(metrics), best)

@@ -10,7 +10,7 @@ import scaling
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "scaling.py"
 TINY = ["+model.embed_dim=32", "+model.depths=[1,1,1,1]", "+model.num_heads=[1,1,1,1]"]
-TINY += ["+model.kernel_size=3", "task.compile=false", "data.num_workers=0"]
+TINY += ["+model.kernel_size=3", "compile=false", "data.num_workers=0"]
 SMALL = ["--gpus", "1", "2", "--models", "nat_tiny", "--strategies", "fsdp2", "--size", "32"]
 SMALL += ["--batch", "4", "--global-batch", "16", "--rounds", "2", "--round-steps", "2"]
 SMALL += ["--repeats", "1", "--precisions", "32-true", "--steps", "20"]

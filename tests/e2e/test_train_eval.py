@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nat_models.engine import run
+from nat_models.engine import execution, run
 from nat_models.engine.evaluation import evaluate
 
 
@@ -88,3 +88,44 @@ def test_training_on_a_gpu(compose, small, chance, tmp_path):
     assert "backend fused (automatic on cuda)" in log
     assert "bf16-mixed" in log
     assert (tmp_path / "neighborhoods.png").exists()
+
+
+@pytest.mark.gpu
+def test_what_is_compiled_by_default_learns_and_evaluates_as_eager(
+    compose, small, losses, undrawn, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(execution, "TRAINING_IMAGES", 0)
+    monkeypatch.setattr(execution, "EVALUATION_IMAGES", 0)
+    options = [o for o in small if o != "trainer.accelerator=cpu"]
+    options += ["+model.depths=[1,1,1]", "augment.mixup={mixup_alpha:0.8,cutmix_alpha:1.0}"]
+    options += [
+        "optimizer.opt=adamw",
+        "optimizer.lr=1e-3",
+        "callbacks=ema",
+        "callbacks.ema.decay=0.5",
+        "trainer.devices=1",
+    ]
+    options += [
+        "trainer.max_epochs=2",
+        "trainer.limit_train_batches=8",
+        "scheduler.warmup_epochs=0",
+    ]
+    exact = ["tf32=false", "trainer.precision=32-true", "trainer.devices=1"]
+    found = {}
+    for mode, line in {
+        "false": "eager, channels_last",
+        "auto": "compiled, mode reduce-overhead, channels_last",
+    }.items():
+        output = tmp_path / mode
+        top1 = run.train(
+            compose("train", *options, *exact, f"compile={mode}", f"paths.output_dir={output}")
+        )
+        assert line in (output / "train.log").read_text()
+        # 359 images in batches of 32: the last one is shorter.
+        metrics = evaluate(compose("eval", f"ckpt={output}/best.ckpt", *exact, f"compile={mode}"))
+        assert metrics["val/top1"] == pytest.approx(top1, abs=1 / 359)
+        found[mode] = losses(output), metrics["val/loss"]
+    (eager, held_out), (compiled, held_out_compiled) = found["false"], found["auto"]
+    assert len(eager) == 16
+    assert compiled == pytest.approx(eager, rel=2e-3)
+    assert held_out_compiled == pytest.approx(held_out, rel=2e-3)

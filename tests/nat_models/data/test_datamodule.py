@@ -197,13 +197,3 @@ def test_a_label_out_of_range_is_named(image_folder, label):
     batch = (torch.zeros(2, 3, 16, 16), torch.tensor([0, label]), [], torch.arange(2))
     with pytest.raises(RunStopped, match=rf"label {label}, the model's classes are 0 to 2"):
         data.on_before_batch_transfer(batch, 0)
-
-
-def test_images_and_weights_can_lie_with_their_channels_innermost(image_folder):
-    data = ImageDataModule("folder", str(image_folder), channels_last=True)
-    model = nn.Conv2d(3, 4, 3)
-    model.pretrained_cfg, model.num_classes = {"input_size": (3, 16, 16)}, 4
-    attached(data, model, training=False)
-    images, _ = on_device(data, next(iter(data.val_dataloader())))
-    for tensor in (images, model.weight):
-        assert tensor.is_contiguous(memory_format=torch.channels_last)

@@ -1,11 +1,11 @@
 import math
-from functools import partial
 
 import pytest
 import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from nat_models.engine.execution import Execution
 from nat_models.engine.module import Classifier
 
 
@@ -86,21 +86,19 @@ def test_biases_and_norms_are_not_decayed():
     assert decay[module.model.head.bias] == decay[module.model.norm.weight] == 0.0
 
 
-def test_compiled_code_knows_its_sizes():
-    inputs = []
-
-    def backend(graph, _):
-        nodes = graph.graph.find_nodes(op="placeholder")
-        inputs.extend(node.meta["example_value"] for node in nodes)
-        return graph
-
-    module = classifier(compile=True)
-    module.model.compile = partial(module.model.compile, backend=backend)
-    module.on_fit_start()
-    for batch in (2, 3, 4):
-        module(torch.randn(batch, 3, 32, 32))
-    assert inputs
-    assert not any(isinstance(value, torch.SymInt) for value in inputs)
+def test_a_run_continues_in_another_memory_layout(tmp_path):
+    arguments = {"model": {"name": "nat_demo"}, "optimizer": {"opt": "adamw", "lr": 1e-3}}
+    data = DataLoader(TensorDataset(torch.randn(4, 1, 28, 28), torch.arange(4)), 4)
+    first = trainer(max_epochs=1)
+    first.fit(Classifier(**arguments), data)
+    first.save_checkpoint(tmp_path / "contiguous.ckpt")
+    module, second = Classifier(**arguments), trainer(max_epochs=2)
+    module.run_by(Execution(channels_last=True))
+    second.fit(module, data, ckpt_path=tmp_path / "contiguous.ckpt", weights_only=True)
+    assert second.global_step == 2
+    weight = module.model.levels[1].downsample.reduction.weight
+    assert not weight.is_contiguous()
+    assert second.optimizers[0].state[weight]["exp_avg"].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("algorithm", ["value", "norm"])
@@ -115,22 +113,6 @@ def test_gradients_are_clipped_as_the_trainer_says(algorithm):
         assert norm > 2e-3
     else:
         assert norm == pytest.approx(1e-3, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_compiled_training_is_the_same_training():
-    weights = []
-    for switch in (False, True):
-        torch.manual_seed(0)
-        module = classifier(optimizer={"opt": "sgd", "lr": 0.1}, compile=switch)
-        if switch:
-            module.model.compile = partial(module.model.compile, backend="aot_eager")
-        trainer(max_epochs=1).fit(module, loader(torch.arange(8) % 4))
-        assert (module.model._compiled_call_impl is not None) == switch
-        weights.append(module.state_dict())
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value)
 
 
 def test_a_linear_probe_trains_the_classifier_alone_on_evaluations_features():

@@ -1,8 +1,9 @@
 import pytest
+import torch
 from lightning import Trainer
 
 from nat_models.engine.module import Classifier
-from nat_models.engine.optimization import create_optimizer
+from nat_models.engine.optimization import create_optimizer, lay_out_as_weights
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.75], ids=str)
@@ -37,6 +38,19 @@ def test_only_a_gpu_gets_a_fused_optimizer():
     options = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.1}
     assert not create_optimizer(model, trainer, **options).defaults["fused"]
     assert not create_optimizer(model, None, **options).defaults["fused"]
+
+
+def test_state_takes_the_memory_layout_of_the_weights():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.AdamW([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    state = optimizer.state[weight]
+    average = state["exp_avg"]
+    state["exp_avg"] = average.contiguous()
+    lay_out_as_weights(optimizer)
+    assert state["exp_avg"].stride() == weight.stride() != average.contiguous().stride()
+    assert torch.equal(state["exp_avg"], average)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,121 @@
+"""How a model runs on its device: memory layout, and compilation where that pays."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from nat_models.data import ImageDataModule
+
+GRAPHS = "reduce-overhead"  # torch.compile's name for replaying CUDA graphs
+MODES = ("auto", False, "default", GRAPHS)
+# Images of a process that win back one or two minutes of compiling, for NAT-Tiny on an H100.
+TRAINING_IMAGES, EVALUATION_IMAGES = 300_000, 2_000_000
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Runs a model; as it is by default.
+
+    Attributes:
+        channels_last: Whether weights and images lie in memory with the channels innermost.
+        mode: Of `torch.compile`: "default" or "reduce-overhead"; None: not compiled.
+        batch_size: Images of the batches that compiled code is made for; others run eagerly.
+    """
+
+    channels_last: bool = False
+    mode: str | None = None
+    batch_size: int = 0
+
+    def prepare(self, model: nn.Module) -> None:
+        """Lay out and compile in place: the names of the weights stay."""
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if self.mode is not None:  # sizes are fixed: FSDP2's blocks share code, but not theirs
+            model.compile(dynamic=False, mode=self.mode)
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Any:
+        """The model's output for images [B, C, H, W]."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.mode is None:
+            return model(images)
+        if len(images) != self.batch_size:  # the last of an evaluation: not worth compiling for
+            with torch.compiler.set_stance("force_eager"):
+                return model(images)
+        if self.mode == GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()
+        return model(images)
+
+    def __str__(self) -> str:
+        way = "eager" if self.mode is None else f"compiled, mode {self.mode}"
+        return f"{way}, {'channels_last' if self.channels_last else 'contiguous'}"
+
+
+def choose_execution(
+    cfg: DictConfig, trainer: Trainer, batch_size: int, is_long: bool
+) -> Execution:
+    """What `channels_last` and `compile` of a configuration mean for a trainer.
+
+    Args:
+        cfg: Composed from configs/train.yaml or configs/eval.yaml.
+        trainer: Tells device, processes, and accumulated batches.
+        batch_size: Images of a whole batch.
+        is_long: Whether compiling takes less time than it saves.
+
+    Raises:
+        ValueError: A value is not one of those allowed, or cannot be used by this trainer.
+    """
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    layout = cfg.channels_last
+    if layout not in ("auto", True, False):
+        raise ValueError(f"channels_last={layout}: expected auto, true or false")
+    if layout is True and is_sharded:
+        raise ValueError("channels_last=true: trainer.strategy=fsdp2 takes contiguous weights only")
+    if layout == "auto":
+        layout = on_gpu and not is_sharded
+    mode = cfg.compile
+    if mode not in MODES:
+        raise ValueError(f"compile={mode}: expected auto, false, default or {GRAPHS}")
+    if mode == GRAPHS and trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"compile={mode}: the next batch's CUDA graph overwrites gradients, and a step takes "
+            f"{trainer.accumulate_grad_batches} batches; expected compile=default"
+        )
+    if mode == "auto":
+        mode = _mode(cfg, trainer) if on_gpu and is_long else False
+    return Execution(layout, mode or None, batch_size)
+
+
+def _mode(cfg: DictConfig, trainer: Trainer) -> str:
+    """CUDA graphs for one process, if their memory has to last no longer than a step."""
+    alone = isinstance(trainer.strategy, SingleDeviceStrategy)
+    recomputes = "task" in cfg and cfg.task.grad_checkpointing
+    sound = alone and trainer.accumulate_grad_batches == 1 and not recomputes
+    return GRAPHS if sound else "default"
+
+
+def trains_long(trainer: Trainer, data: ImageDataModule) -> bool:
+    """Whether compiling a training pays."""
+    epochs = trainer.max_epochs or 0
+    images = _images(trainer, data, "train", trainer.limit_train_batches)
+    return epochs * images >= TRAINING_IMAGES
+
+
+def evaluates_long(trainer: Trainer, data: ImageDataModule) -> bool:
+    """Whether compiling an evaluation pays."""
+    return _images(trainer, data, "val", trainer.limit_val_batches) >= EVALUATION_IMAGES
+
+
+def _images(trainer: Trainer, data: ImageDataModule, part: str, limit: float) -> float:
+    """Images of a process in one pass; the limit is a share, or if an int a number of batches."""
+    images: float = data.sizes[part] / trainer.world_size
+    if isinstance(limit, float):
+        return images * limit
+    most: int = limit * data.settings.batch_size
+    return min(images, most)

@@ -1,0 +1,148 @@
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nat_models.data import ImageDataModule
+from nat_models.engine.execution import (
+    Execution,
+    choose_execution,
+    evaluates_long,
+    trains_long,
+)
+from nat_models.engine.module import Classifier
+from nat_models.engine.sharding import FSDP2
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+
+def on(kind: str, batches: int = 1) -> SimpleNamespace:
+    """What is asked of a trainer, with Lightning's own strategies."""
+    if kind in ("cpu", "cuda"):
+        strategy = SingleDeviceStrategy(torch.device(kind))
+    else:
+        strategy = {"ddp": DDPStrategy, "fsdp2": FSDP2}[kind]()
+        strategy.parallel_devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+        strategy.cluster_environment = LightningEnvironment()
+    return SimpleNamespace(strategy=strategy, accumulate_grad_batches=batches)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batches", "overrides", "is_long", "channels_last", "mode"),
+    [
+        ("cpu", 1, [], True, False, None),
+        ("cuda", 1, [], True, True, "reduce-overhead"),
+        ("cuda", 1, [], False, True, None),
+        ("cuda", 4, [], True, True, "default"),
+        ("cuda", 1, ["task.grad_checkpointing=true"], True, True, "default"),
+        ("ddp", 1, [], True, True, "default"),
+        ("fsdp2", 1, [], True, False, "default"),
+        ("cuda", 1, ["compile=false", "channels_last=false"], True, False, None),
+        ("cpu", 1, ["compile=default", "channels_last=true"], False, True, "default"),
+        ("ddp", 1, ["compile=reduce-overhead"], False, True, "reduce-overhead"),
+    ],
+    ids=["cpu", "gpu", "short", "accumulating", "recomputing", "ddp", "fsdp2", "off", "on", "set"],
+)  # fmt: skip
+def test_auto_follows_device_processes_and_length(
+    compose, kind, batches, overrides, is_long, channels_last, mode
+):
+    cfg = compose("train", *overrides)
+    chosen = choose_execution(cfg, on(kind, batches), 128, is_long)
+    assert chosen == Execution(channels_last, mode, batch_size=128)
+
+
+def test_evaluation_is_chosen_the_same_way(compose):
+    chosen = choose_execution(compose("eval"), on("cuda"), 128, is_long=True)
+    assert chosen == Execution(True, "reduce-overhead", batch_size=128)
+    assert str(chosen) == "compiled, mode reduce-overhead, channels_last"
+    assert choose_execution(compose("eval"), on("cpu"), 128, True) == Execution(batch_size=128)
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "message"),
+    [
+        ("cpu", "compile=true", "compile=True: expected auto, false, default or reduce-overhead"),
+        ("cpu", "channels_last=yes", "channels_last=yes: expected auto, true or false"),
+        ("cuda", "compile=reduce-overhead", "overwrites gradients, and a step takes 2 batches"),
+        ("fsdp2", "channels_last=true", r"trainer\.strategy=fsdp2 takes contiguous weights"),
+    ],
+    ids=["compile", "channels_last", "accumulating", "fsdp2"],
+)
+def test_what_cannot_be_is_named(compose, kind, override, message):
+    with pytest.raises(ValueError, match=message):
+        choose_execution(compose("train", override), on(kind, batches=2), 128, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "evaluation"),
+    [
+        ({"max_epochs": 2}, True, True),
+        ({"max_epochs": 1}, False, True),
+        ({"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 2}, False, False),
+        ({"max_epochs": 3, "limit_train_batches": 0.5, "limit_val_batches": 0.5}, False, False),
+    ],
+    ids=["long", "few-epochs", "few-batches", "a-share"],
+)
+def test_long_is_counted_in_images(options, training, evaluation):
+    data = ImageDataModule("fake")
+    data.sources = {"train": range(150_000), "val": range(2_000_000)}
+    trainer = Trainer(accelerator="cpu", **QUIET, **options)
+    assert trains_long(trainer, data) == training
+    assert evaluates_long(trainer, data) == evaluation
+
+
+def test_code_is_compiled_for_whole_batches_alone():
+    sizes = []
+
+    def backend(graph, inputs):
+        assert not any(isinstance(value, torch.SymInt) for value in inputs)
+        sizes.append(len(inputs[-1]))
+        return graph
+
+    model, execution = nn.Flatten(), Execution(mode="default", batch_size=4)
+    model.compile = partial(model.compile, backend=backend)
+    execution.prepare(model)
+    for count in (4, 3, 1, 4):
+        images = torch.randn(count, 3, 2, 2)
+        assert torch.equal(execution(model, images), images.flatten(1))
+    assert sizes == [4]
+
+
+def test_weights_and_images_lie_with_their_channels_innermost():
+    model, execution = nn.Conv2d(3, 4, 3), Execution(channels_last=True)
+    seen = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    execution.prepare(model)
+    execution(model, torch.randn(2, 3, 4, 4))
+    for tensor in (model.weight, *seen):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training():
+    images, targets = torch.randn(10, 3, 32, 32), torch.arange(10) % 4
+    weights, losses = [], []
+    for execution in (Execution(), Execution(True, "default", batch_size=4)):
+        torch.manual_seed(0)
+        module = Classifier(
+            model={"name": "test_vit", "num_classes": 4, "img_size": 32},
+            optimizer={"opt": "sgd", "lr": 0.1},
+        )
+        module.model.compile = partial(module.model.compile, backend="aot_eager")
+        module.run_by(execution)
+        trainer = Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **QUIET)
+        data = DataLoader(TensorDataset(images, targets), 4)
+        trainer.fit(module, data)
+        losses.append(trainer.validate(module, data, verbose=False)[0]["val/loss"])
+        assert (module.model._compiled_call_impl is None) == (execution.mode is None)
+        weights.append(module.state_dict())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value)
