@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PATH = Path(__file__).with_name("tile_table.json")
 PRECISIONS = "half", "tf32", "ieee"
 KERNELS = tuple(field.name for field in fields(Tiles))
-_OPTIONAL = {field.name for field in fields(Tiles) if field.default is None}
+OPTIONAL = tuple(field.name for field in fields(Tiles) if field.default is None)
 _DEFAULTS = {field.name: field.default for field in fields(Tile) if field.default is not MISSING}
 
 
@@ -136,6 +136,6 @@ def _parse(record: dict[str, Any]) -> tuple[Key, Entry]:
     for name, tile in tiles.items():
         if name not in KERNELS:
             raise ValueError(f"kernel {name!r}: expected one of {KERNELS}")
-        if tile is None and name not in _OPTIONAL:
+        if tile is None and name not in OPTIONAL:
             raise ValueError(f"kernel {name!r}: it cannot be null")
     return key, {name: tile and from_record(tile) for name, tile in tiles.items()}

@@ -1,0 +1,1 @@
+"""The tuner of the fused kernels: `python -m neighborhood_attention.tune --help`."""

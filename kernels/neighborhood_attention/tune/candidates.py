@@ -1,0 +1,97 @@
+"""Tiles that are worth a measurement: those of the list that waste few scores on a problem."""
+
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
+
+from neighborhood_attention.backends.triton.fused_query_bias_gradient import MAX_STRIPS
+from neighborhood_attention.backends.triton.tile import Tile
+from neighborhood_attention.backends.triton.tiles import (
+    NARROW,
+    WHOLE_GROUP,
+    WINDOWED,
+    plan_tiles,
+    tiles_by_rule,
+)
+from neighborhood_attention.geometry import Neighborhood
+
+if TYPE_CHECKING:
+    from neighborhood_attention.backends.triton.launch import Problem
+
+# By the number of axes.
+_TILES = {
+    1: [(1, 1, 16), (1, 1, 32), (1, 1, 64)],
+    2: [(1, 4, 4), (1, 2, 8), (1, 4, 8), (1, 2, 16), (1, 8, 8), (1, 4, 16)],
+    3: [(1, 4, 4), (2, 2, 4), (2, 4, 4), (2, 4, 8), (4, 4, 4)],
+}
+_STRIPS = {
+    1: [(1, 1, 16), (1, 1, 32), (1, 1, 64), (1, 1, 128)],
+    2: [(1, 1, 16), (1, 2, 16), (1, 4, 16), (1, 8, 16), (1, 4, 8), (1, 8, 8)],
+    3: [(1, 2, 8), (1, 4, 8), (2, 4, 8), (1, 2, 16), (1, 4, 4), (2, 4, 4)],
+}
+# Stages, and registers of a thread.
+_OPTIONS: dict[str, list[tuple[int, int | None]]] = {
+    "forward": [(2, 128), (3, 96)],
+    "query_gradient": [(3, 128), (2, 168)],
+    "key_gradient": [(2, 168), (2, 128)],
+    "bias_gradient": [(2, None), (2, 128)],
+    "query_bias_gradient": [(2, 168), (2, 128)],
+    "whole_group": [(2, None), (1, None), (2, 168)],
+}
+# Programs of a multiprocessor, where they walk over images.
+_PROGRAMS = {"query_bias_gradient": (6, 8), "whole_group": (2, 3)}
+_PROVEN = WINDOWED, NARROW, WHOLE_GROUP
+_OF_KEYS = "key_gradient", "whole_group"
+# Of scores computed, over those of the tile that computes the fewest.
+MAX_WASTE = 1.4
+
+
+def candidates(
+    kernel: str, problem: "Problem", window: Neighborhood, multiprocessors: int
+) -> list[Tile]:
+    """For one kernel, named as in `Tiles`; none where it cannot run the problem."""
+    listed = [*_listed(kernel, problem, window, multiprocessors)]
+    by_rule = tiles_by_rule(problem, window)
+    proven = _PROVEN if by_rule in _PROVEN else (by_rule,)
+    known = [tile for tiles in proven if (tile := getattr(tiles, kernel)) is not None]
+    wastes = {
+        tile: scores_of_a_token(kernel, tile, window, problem.spatial) for tile in listed + known
+    }
+    limit = MAX_WASTE * min(wastes[tile] for tile in listed)
+    return [
+        tile
+        for tile, waste in wastes.items()
+        if waste <= limit and can_run(kernel, tile, window, problem.spatial)
+    ]
+
+
+def can_run(kernel: str, tile: Tile, window: Neighborhood, spatial: tuple[int, ...]) -> bool:
+    """Whether the kernel takes these tiles for this problem."""
+    plan = plan_tiles(tile, window, tuple(spatial), kernel in _OF_KEYS)
+    if kernel == "whole_group":
+        return plan.holds_groups and tile.tile == tile.strip
+    return kernel != "query_bias_gradient" or prod(plan.strips) <= MAX_STRIPS
+
+
+def scores_of_a_token(
+    kernel: str, tile: Tile, window: Neighborhood, spatial: tuple[int, ...]
+) -> float:
+    """Scores computed for each token of the map; the window has fewer."""
+    plan = plan_tiles(tile, window, tuple(spatial), kernel in _OF_KEYS)
+    scores = prod(tile.tile) * prod(tile.strip) * prod(plan.strips)
+    return plan.programs * scores / prod(spatial)
+
+
+def _listed(
+    kernel: str, problem: "Problem", window: Neighborhood, multiprocessors: int
+) -> Iterator[Tile]:
+    head_bytes = problem.query.dtype.itemsize * problem.head_arguments["BLOCK_D"]
+    most = 1024 if head_bytes <= 64 else 512  # scores of a warp, for its registers
+    waves = _PROGRAMS.get(kernel)
+    counts = [n * multiprocessors for n in waves] if waves else [Tile.programs]
+    shapes = list(product(_TILES[window.dims], _STRIPS[window.dims], (1, 2, 4, 8)))
+    for (stages, registers), programs in product(_OPTIONS[kernel], counts):
+        for tile, strip, warps in shapes:
+            if most // 2 <= prod(tile) * prod(strip) // warps <= most:
+                yield Tile(tile, strip, warps, stages, registers, programs)
