@@ -39,8 +39,9 @@ _OPTIONS: dict[str, list[tuple[int, int | None]]] = {
     "query_bias_gradient": [(2, 168), (2, 128)],
     "whole_group": [(2, None), (1, None), (2, 168)],
 }
-# Programs of a multiprocessor, where they walk over images.
+# Programs of a multiprocessor, where they always walk over images.
 _PROGRAMS = {"query_bias_gradient": (6, 8), "whole_group": (2, 3)}
+# Their tiles are tried wherever the rule has one of them.
 _PROVEN = WINDOWED, NARROW, WHOLE_GROUP
 _OF_KEYS = "key_gradient", "whole_group"
 # Of scores computed, over those of the tile that computes the fewest.
@@ -90,8 +91,16 @@ def _listed(
     most = 1024 if head_bytes <= 64 else 512  # scores of a warp, for its registers
     waves = _PROGRAMS.get(kernel)
     counts = [n * multiprocessors for n in waves] if waves else [Tile.programs]
-    shapes = list(product(_TILES[window.dims], _STRIPS[window.dims], (1, 2, 4, 8)))
+    shapes = [
+        (tile, strip, warps)
+        for tile, strip in product(_TILES[window.dims], _STRIPS[window.dims])
+        for warps in (1, 2, 4, 8)
+        if most // 2 <= prod(tile) * prod(strip) // warps <= most
+    ]
     for (stages, registers), programs in product(_OPTIONS[kernel], counts):
-        for tile, strip, warps in shapes:
-            if most // 2 <= prod(tile) * prod(strip) // warps <= most:
-                yield Tile(tile, strip, warps, stages, registers, programs)
+        for shape in shapes:
+            yield Tile(*shape, stages, registers, programs)
+    if kernel == "forward":  # it walks over images where a tile is a whole dilation group
+        whole = [s for s in shapes if can_run("whole_group", Tile(*s), window, problem.spatial)]
+        for shape, stages, count in product(whole, (1, 2, 3), (2, 4, 8)):
+            yield Tile(*shape, stages, None, count * multiprocessors)

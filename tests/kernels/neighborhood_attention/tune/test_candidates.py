@@ -73,6 +73,11 @@ def test_large_heads_get_fewer_scores_a_warp():
     assert most == {32: 1024, 128: 512}
 
 
+def test_a_forward_of_whole_groups_tries_several_programs():
+    programs = {side: {tile.programs for tile in find("forward", side)[0]} for side in (7, 56)}
+    assert programs == {7: {2048, 2 * H100, 4 * H100, 8 * H100}, 56: {2048}}
+
+
 def test_groups_of_one_tile_alone_take_all_gradients_at_once():
     assert find("whole_group", 56, dilation=8)[0]
     assert find("whole_group", 57, dilation=8)[0]

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from neighborhood_attention.backends import Inputs, load  # noqa: E402
 from neighborhood_attention.backends.triton import fused_backward, fused_forward, tiles  # noqa: E402
 from neighborhood_attention.backends.triton.launch import Problem, describe  # noqa: E402
+from neighborhood_attention.backends.triton.tile_table import Key, table  # noqa: E402
 from neighborhood_attention.geometry import Neighborhood  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -135,6 +136,28 @@ def test_a_hundred_sizes_share_a_few_compilations(launches):
     assert len(compiled) >= 3
     assert all(len(found) <= 16 for found in compiled.values())
     assert len(tables) <= 3 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in table() if key.capability == "9.0"], ids=str)
+def test_the_tiles_of_the_table_compile_for_hopper(key, launches, monkeypatch):
+    torch.set_float32_matmul_precision("high" if key.precision == "tf32" else "highest")
+    dims, dilation = len(key.group), 1 + key.is_dilated
+    window = Neighborhood(key.kernel_size, (1,) * dims, (dilation,) * dims, (False,) * dims)
+    spatial = [length * dilation for length in key.group]
+    dtype = bf16 if key.precision == "half" else fp32
+    rows = torch.ones(2, *spatial, 4, key.head_dim, dtype=dtype)
+    inputs = Inputs(rows, rows, rows, torch.ones(4, *window.bias_shape))
+    here = Key.of(Problem.of(describe(inputs)), window)
+    assert here == key._replace(capability=None)
+    monkeypatch.setitem(table(), here, table()[key])
+    output, lse = fused_forward.forward(inputs, window, 0.5)
+    fused_backward.backward(output, None, inputs, output, lse, window, 0.5, inputs)
+    shared = "_build_kernel", "_reduce_kernel"
+    tiled = [launch for launch in launches if launch[0].__name__ not in shared]
+    assert len(tiled) == sum(tile is not None for tile in table()[key].values())
+    for kernel, args, kwargs in tiled:
+        assert compile_launch(kernel, args, kwargs).metadata.shared <= LARGE, kernel.__name__
 
 
 UNFUSED = {  # spatial, window, dilation, head dimensions, dtype
