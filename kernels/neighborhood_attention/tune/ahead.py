@@ -28,7 +28,11 @@ class Part(NamedTuple):
     tiles: Tiles
 
     def compile(self) -> None:
-        """Compile its kernels; the tensors take no memory, since none is written."""
+        """Compile its kernels; the tensors take no memory, since none is written.
+
+        Raises:
+            RuntimeError: Whatever the compiler raised, as another process can take it.
+        """
         run = triton.JITFunction.run
 
         def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -39,6 +43,8 @@ class Part(NamedTuple):
             compiled = Pass(self.work, "cpu")
             compiled.use(self.tiles)
             compiled.run()
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
         finally:
             triton.JITFunction.run = run
 
@@ -59,7 +65,7 @@ class Ahead:
 
         Raises:
             TimeoutError: The deadline came first.
-            Exception: What the compiler raised.
+            RuntimeError: What the compiler raised.
         """
         if part not in self._futures:
             return

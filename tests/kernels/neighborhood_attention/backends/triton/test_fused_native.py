@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import windowed
 from oracle import Case, check, inputs, random_gradients, random_tensors, results, run
 
 from neighborhood_attention import (
@@ -15,7 +16,7 @@ from neighborhood_attention import (
     na3d,
     na3d_qkvpacked,
 )
-from neighborhood_attention.backends.triton import fused_backward, fused_forward, tiles
+from neighborhood_attention.backends.triton import fused_backward, fused_forward, tile_table, tiles
 
 pytestmark = pytest.mark.gpu
 fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
@@ -131,6 +132,28 @@ def test_every_configuration_agrees_with_the_definition(name, case, dtype, confi
     configure(name)
     case = replace(case, head_dim=min(256, CONFIGURATIONS[name] // dtype.itemsize), value_dim=0)
     check(FUNCTIONS[len(case.spatial)], case, dtype, "cuda", backend="fused")
+
+
+ENTRIES = [
+    (key, dtype)
+    for key in tile_table.table()
+    for dtype in ((bf16, fp16) if key.precision == "half" else (fp32,))
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"), ENTRIES, ids=["-".join(map(str, (*key, dtype))) for key, dtype in ENTRIES]
+)
+def test_the_tiles_of_the_table_agree_with_the_definition(key, dtype):
+    """On another GPU than the entry's, those by the rule."""
+    torch.set_float32_matmul_precision("high" if key.precision == "tf32" else "highest")
+    dilation = 1 + key.is_dilated
+    spatial = tuple(length * dilation for length in key.group)
+    case = Case(
+        spatial, key.kernel_size, dilation=(dilation,) * len(spatial), head_dim=key.head_dim
+    )
+    tolerance = 2e-3 if key.precision == "tf32" else None
+    windowed.check(FUNCTIONS[len(spatial)], case, dtype, "cuda", 1000, tolerance, backend="fused")
 
 
 def test_every_configuration_is_tested():
