@@ -44,7 +44,7 @@ NARROW = Tiles(
 )
 # Where a whole dilation group fits into one tile.
 WHOLE_GROUP = Tiles(
-    forward=Tile((1, 8, 8), (1, 8, 8), num_warps=4, num_stages=1),
+    forward=Tile((1, 8, 8), (1, 8, 8), num_warps=4, num_stages=3, programs=528),
     query_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4),
     key_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4, num_stages=1),
     bias_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4, max_registers=128),
