@@ -47,8 +47,8 @@ from neighborhood_attention.backends.triton.launch import (
     window_arguments,
 )
 from neighborhood_attention.backends.triton.registers import in_rows
+from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import (
-    Tile,
     TilePlan,
     choose_tiles,
     plan_tiles,

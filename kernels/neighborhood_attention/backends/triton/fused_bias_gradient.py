@@ -16,7 +16,8 @@ from torch import Tensor
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
 from neighborhood_attention.backends.triton.registers import in_rows
-from neighborhood_attention.backends.triton.tiles import Tile, TilePlan, plan_tiles
+from neighborhood_attention.backends.triton.tile import Tile
+from neighborhood_attention.backends.triton.tiles import TilePlan, plan_tiles
 from neighborhood_attention.backends.triton.window import (
     block_positions,
     count_items,

@@ -33,7 +33,8 @@ from neighborhood_attention.backends.triton.slots import (
     pair_slots,
     weights_of,
 )
-from neighborhood_attention.backends.triton.tiles import Tile, plan_tiles
+from neighborhood_attention.backends.triton.tile import Tile
+from neighborhood_attention.backends.triton.tiles import plan_tiles
 from neighborhood_attention.backends.triton.window import (
     block_tokens,
     count_strips,

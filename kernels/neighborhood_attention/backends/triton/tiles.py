@@ -7,8 +7,7 @@ from functools import cache, lru_cache
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
-from neighborhood_attention.backends.triton.tile import Tile as Tile
-from neighborhood_attention.backends.triton.tile import Tiles as Tiles
+from neighborhood_attention.backends.triton.tile import Tile, Tiles
 from neighborhood_attention.backends.triton.tile_table import Key, table
 from neighborhood_attention.geometry import (
     Neighborhood,

@@ -3,8 +3,8 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture
-def own_tiles() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _own_tiles() -> Iterator[None]:
     """Tiles that a test sets are gone after it."""
     pytest.importorskip("triton")
     from neighborhood_attention.backends.triton import fused_backward, fused_forward, tile_table

@@ -121,7 +121,7 @@ def test_it_runs_as_a_module():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_it_tunes_and_goes_on(problems, tmp_path, capsys, own_tiles):
+def test_it_tunes_and_goes_on(problems, tmp_path, capsys):
     table, records = tmp_path / "table.json", tmp_path / "records.json"
     words = [problems, records, "--table", table, "--commit", "a", "--only", "7x7-k7"]
     words += ["--kernels", "whole_group", "--limit-seconds", "200"]

@@ -18,7 +18,7 @@ SEPARATE = Tiles(*[Tile((1, 4, 8), (1, 4, 8), 1)] * 4)
 
 
 @pytest.fixture
-def prepare(own_tiles, device):
+def prepare(device):
     """prepare(work): a pass with its numbers."""
 
     def prepare(work):

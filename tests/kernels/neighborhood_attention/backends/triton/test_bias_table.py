@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.launch import Problem, describe
-from neighborhood_attention.backends.triton.tiles import Tile, TilePlan
+from neighborhood_attention.backends.triton.tile import Tile
+from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.geometry import Neighborhood
 
 pytestmark = pytest.mark.interpreter

@@ -17,6 +17,7 @@ from neighborhood_attention import (
     na3d_qkvpacked,
 )
 from neighborhood_attention.backends.triton import fused_backward, fused_forward, tile_table, tiles
+from neighborhood_attention.backends.triton.tile import Tiles
 
 pytestmark = pytest.mark.gpu
 fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
@@ -157,7 +158,7 @@ def test_the_tiles_of_the_table_agree_with_the_definition(key, dtype):
 
 
 def test_every_configuration_is_tested():
-    found = {name for name, value in vars(tiles).items() if isinstance(value, tiles.Tiles)}
+    found = {name for name, value in vars(tiles).items() if isinstance(value, Tiles)}
     assert found == set(CONFIGURATIONS)
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton import tile_table, tiles
 from neighborhood_attention.backends.triton.launch import Problem, describe
+from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tile_table import Key
 from neighborhood_attention.backends.triton.tiles import (
     HUGE_HEADS,
@@ -21,7 +22,6 @@ from neighborhood_attention.backends.triton.tiles import (
     VOLUME,
     WHOLE_GROUP,
     WINDOWED,
-    Tile,
     TilePlan,
     choose_tiles,
     plan_tiles,
