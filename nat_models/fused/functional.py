@@ -1,26 +1,13 @@
-"""The fused operations as differentiable functions, and what they do where they are not used."""
+"""The fused operations as differentiable functions; `use` tells what they take."""
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from nat_models.fused import ops
-
-# Where each is used: nowhere before it has been measured to be the faster there. Inductor,
-# PyTorch's compiler, fuses additions and norms by itself.
-USED = {
-    "add_layer_norm": {"eager": False, "compiled": False},
-    "linear_gelu": {"eager": False, "compiled": False},
-    "mlp": {"eager": False, "compiled": False},
-}
-_HALF = torch.bfloat16, torch.float16
-_DTYPES = *_HALF, torch.float32
-_MAX_CHANNELS = 4096
+from nat_models.fused.use import autocast_dtype
 
 
 class Branch(NamedTuple):
@@ -29,20 +16,6 @@ class Branch(NamedTuple):
     values: Tensor  # [B, ..., C]
     gamma: Tensor | None = None  # layer scale (arXiv:2103.17239), [C]
     keep: Tensor | None = None  # factors of stochastic depth (arXiv:1603.09382), [B]; no gradient
-
-
-def is_used(operation: str, x: Tensor) -> bool:
-    """Whether an operation of `USED` runs fused on `x`: on a GPU, where nothing looks inside it."""
-    mode = "compiled" if torch.compiler.is_compiling() else "eager"
-    return (
-        USED[operation][mode]
-        and isinstance(x, Tensor)  # not a symbol of torch.fx
-        and _runs_on(operation, x.device)
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -54,10 +27,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         bias: Shift, [C].
         eps: Added to the variance.
     """
-    if not _norm_is_fused(x, weight, bias):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    dtype = x.dtype if _autocast_dtype(x) is None else torch.float32
-    return _add_layer_norm(x, None, weight, bias, eps, dtype)[1]
+    dtype = x.dtype if autocast_dtype(x) is None else torch.float32
+    return _add_layer_norm(x, None, None, None, weight, bias, eps, dtype)[1]
 
 
 def add_layer_norm(
@@ -65,8 +36,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """The addition of a residual branch, and the LayerNorm of the sum, which the next one takes.
 
-    Under autocast the norm may be in autocast's dtype instead of fp32: the linear layer that a
-    branch begins with would cast it to that.
+    Under autocast the norm is in autocast's dtype instead of fp32: the linear layer that a branch
+    begins with would cast it to that.
 
     Args:
         x: [B, ..., C].
@@ -78,18 +49,15 @@ def add_layer_norm(
     Returns:
         The sum, in the dtype of its terms, and its norm.
     """
-    if not _norm_is_fused(x, weight, bias, *branch or ()):
-        x = add(x, branch)
-        return x, F.layer_norm(x, weight.shape, weight, bias, eps)
-    dtype = _autocast_dtype(x)
-    if dtype is None:
-        dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.values.dtype)
-    total, normalized = _add_layer_norm(x, branch, weight, bias, eps, dtype)
-    return x if branch is None else total, normalized
+    dtype = autocast_dtype(x)
+    if branch is None:
+        return x, _add_layer_norm(x, None, None, None, weight, bias, eps, dtype or x.dtype)[1]
+    dtype = dtype or torch.promote_types(x.dtype, branch.values.dtype)
+    return _add_layer_norm(x, *branch, weight, bias, eps, dtype)
 
 
 def add(x: Tensor, branch: Branch | None) -> Tensor:
-    """The sum of `add_layer_norm` alone."""
+    """The sum of `add_layer_norm` alone, unfused."""
     if branch is None:
         return x
     values, gamma, keep = branch
@@ -100,24 +68,8 @@ def add(x: Tensor, branch: Branch | None) -> Tensor:
     return x + values
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer and the GELU (arXiv:1606.08415) of its result: [..., K] to [..., N].
-
-    Args:
-        x: [..., K].
-        weight: [N, K].
-        bias: [N].
-    """
-    if not _product_is_fused("linear_gelu", x, weight):
-        return F.gelu(F.linear(x, weight, bias))
-    x, weight, bias = _autocast(x, weight, bias)
-    if _needs_gradient(x, weight, bias):
-        return _LinearGelu.apply(x, weight, bias)  # type: ignore[no-any-return]
-    return ops.linear_gelu(x, weight, bias, False)[1]  # type: ignore[no-any-return]
-
-
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None) -> Tensor:
-    """`linear_gelu` and a second linear layer, whose backward takes the GELU's in the same pass.
+    """A linear layer, GELU (arXiv:1606.08415) and a second linear layer.
 
     Args:
         x: [..., K].
@@ -126,66 +78,27 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         weight2: [M, N].
         bias2: [M].
     """
-    tensors = x, weight1, bias1, weight2, bias2
-    if not _needs_gradient(*tensors) or not _product_is_fused("mlp", x, weight1, weight2):
-        return F.linear(linear_gelu(x, weight1, bias1), weight2, bias2)
-    return _Mlp.apply(*_autocast(*tensors))  # type: ignore[no-any-return]
+    arguments: tuple[Any, ...] = x, weight1, bias1, weight2, bias2
+    cast = autocast_dtype(x)
+    if cast is not None:
+        arguments = tuple(t if t is None else t.to(cast) for t in arguments)
+    if _needs_gradient(*arguments):
+        return _Mlp.apply(*arguments)  # type: ignore[no-any-return]
+    return F.linear(ops.linear_gelu(*arguments[:3], False)[1], *arguments[3:])
 
 
-def _product_is_fused(operation: str, x: Tensor, *weights: Tensor) -> bool:
-    cast = _autocast_dtype(x)
-    dtypes = {cast or t.dtype for t in (x, *weights)}
-    return (
-        is_used(operation, x)
-        and len(dtypes) == 1
-        and dtypes <= {*_HALF}
-        and all(size % 16 == 0 for weight in weights for size in weight.shape)
-    )
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    cast = _autocast_dtype(tensors[0])
-    return tensors if cast is None else tuple(t if t is None else t.to(cast) for t in tensors)
-
-
-def _norm_is_fused(x: Tensor, *others: Tensor | None) -> bool:
-    return (
-        is_used("add_layer_norm", x)
-        and x.shape[-1] <= _MAX_CHANNELS
-        and all(t is None or t.dtype in _DTYPES for t in (x, *others))
-    )
-
-
-def _add_layer_norm(
-    x: Tensor, branch: Branch | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    arguments = x, *(branch or (None, None, None)), weight, bias, eps, dtype
+def _add_layer_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
     if _needs_gradient(*arguments[:6]):
         return _AddLayerNorm.apply(*arguments)  # type: ignore[no-any-return]
     return ops.add_layer_norm(*arguments)  # type: ignore[no-any-return]
 
 
-def _needs_gradient(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _runs_on(operation: str, device: torch.device) -> bool:
-    return _has_kernels(operation, device)
-
-
-@cache
-def _has_kernels(operation: str, device: torch.device) -> bool:
-    """Whether there are kernels for a device: products need the shared memory of H100 or B200."""
-    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
-        return False
-    major, _ = torch.cuda.get_device_capability(device)
-    return major >= 8 if operation == "add_layer_norm" else major in (9, 10)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _refuse_second_derivative() -> None:
@@ -236,24 +149,9 @@ class _AddLayerNorm(torch.autograd.Function):
         )
 
 
-class _LinearGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        hidden, output = ops.linear_gelu(x, weight, bias, True)
-        ctx.save_for_backward(x, weight, hidden)
-        ctx.bias_dtype = bias.dtype
-        return output  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        x, weight, hidden = ctx.saved_tensors
-        grad_hidden, grad_bias = ops.gelu_backward(hidden, grad_output)
-        gradients = _linear_backward(grad_hidden, x, weight, *ctx.needs_input_grad[:2])
-        return *gradients, grad_bias.to(ctx.bias_dtype)
-
-
 class _Mlp(torch.autograd.Function):
+    """The backward goes through the second layer and the GELU in one pass."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None

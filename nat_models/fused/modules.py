@@ -5,7 +5,8 @@ from timm import layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nat_models.fused import functional
+from nat_models.fused.functional import layer_norm, mlp
+from nat_models.fused.use import mlp_is_used, norm_is_used
 
 
 class LayerNorm(nn.LayerNorm):
@@ -18,8 +19,10 @@ class LayerNorm(nn.LayerNorm):
         """Normalize."""
         if torch.jit.is_scripting():
             x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        elif norm_is_used(x):
+            x = layer_norm(x, self.weight, self.bias, self.eps)
         else:
-            x = functional.layer_norm(x, self.weight, self.bias, self.eps)
+            x = super().forward(x)
         return x
 
 
@@ -41,12 +44,14 @@ class Mlp(layers.Mlp):
 
     @torch.jit.ignore
     def _is_fused(self, x: Tensor) -> bool:
-        modules = self.fc1, self.act, self.fc2
+        first, activation, second = self.fc1, self.act, self.fc2
         return (
-            functional.is_used("linear_gelu", x)
-            and [type(module) for module in modules] == [nn.Linear, nn.GELU, nn.Linear]
-            and self.fc1.bias is not None
-            and not any(map(is_observed, (*modules, self.drop1)))
+            type(first) is type(second) is nn.Linear
+            and mlp_is_used(x, first.weight, second.weight)
+            and first.bias is not None
+            and type(activation) is nn.GELU
+            and activation.approximate == "none"
+            and not any(map(is_observed, (first, activation, second, self.drop1)))
             and (self.drop1.p == 0 or not self.training)
         )
 
@@ -54,7 +59,7 @@ class Mlp(layers.Mlp):
     def _fused_forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1, self.fc2
         bias = first.get_parameter("bias")
-        return functional.mlp(x, first.weight, bias, second.weight, second.bias)
+        return mlp(x, first.weight, bias, second.weight, second.bias)
 
 
 def is_observed(module: nn.Module) -> bool:

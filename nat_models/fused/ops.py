@@ -1,187 +1,182 @@
 """The operators registered with PyTorch: schemas, shape functions and kernels, without gradients.
 
-An operator cannot return None: an empty tensor stands for what is not there.
+An operator cannot return None: an empty tensor stands for what is not there. Called from here, one
+returns None.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _library = torch.library.Library("nat_models", "DEF")
+Results = tuple[Tensor | None, ...]
 
 
-def _define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> Any:
+def _define(
+    schema: str, empty: Callable[..., Results], kernel: Callable[..., Results]
+) -> Callable[..., Any]:
+    """A new operator.
+
+    Args:
+        schema: Its name, arguments and results.
+        empty: What it returns, not filled in.
+        kernel: What fills it in; takes the arguments of `empty`.
+
+    Returns:
+        The operator; the dispatcher's way to it is skipped where nothing looks in between.
+    """
     name = schema[: schema.index("(")]
+
+    def fake(first: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return _without_none(first, empty(first, *others))
+
+    def registered(first: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return _without_none(first, run(first, *others))
+
+    def run(first: Tensor, *others: Any) -> Results:
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device_of(first):  # where Triton launches
+                return kernel(first, *others)
+        return kernel(first, *others)
+
     _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, registered, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nat_models::{name}", fake, lib=_library)
-    return getattr(torch.ops.nat_models, name).default
+    operator = getattr(torch.ops.nat_models, name).default
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return operator(*arguments)
+        return run(*arguments)
+
+    return call
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current GPU, which need not be that of the tensors."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device_of(tensor)
+def _without_none(like: Tensor, results: Results) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
-def _add_layer_norm_fake(
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, whatever the strides of `like`."""
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+def _add_layer_norm_empty(
     x: Tensor, branch: Tensor | None, gamma: Any, keep: Any, weight: Any, bias: Any, eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if branch is None:
-        total = x.new_empty(0)
-    else:
-        total = torch.empty(x.shape, dtype=_promoted(x, branch), device=x.device)
-    return total, torch.empty(x.shape, dtype=dtype, device=x.device)
+) -> Results:  # fmt: skip
+    total = None
+    if branch is not None:
+        total = _empty(x, torch.promote_types(x.dtype, branch.dtype))
+    return total, _empty(x, dtype)
 
 
-def _add_layer_norm(
-    x: Tensor, branch: Any, gamma: Any, keep: Any, weight: Tensor, bias: Tensor, eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _add_layer_norm(x: Tensor, branch: Any, *others: Any) -> Results:
     from nat_models.fused.kernels import layer_norm
 
-    results = _add_layer_norm_fake(x, branch, gamma, keep, weight, bias, eps, dtype)
+    results = _add_layer_norm_empty(x, branch, *others)
     if x.numel() > 0:
-        with _on_device_of(x):
-            layer_norm.forward(
-                x.contiguous(), _contiguous(branch), gamma, keep, weight, bias, eps, *results
-            )
+        layer_norm.forward(x.contiguous(), _contiguous(branch), *others[:-1], *results)
     return results
 
 
-def _add_layer_norm_backward_fake(
-    total: Tensor, branch: Tensor | None, gamma: Tensor | None, keep: Any, weight: Tensor,
-    eps: float, grad_total: Any, grad_normalized: Tensor, dtype: torch.dtype,
-    branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _add_layer_norm_backward_empty(
+    total: Tensor, branch: Any, gamma: Tensor | None, keep: Any, weight: Tensor, eps: float,
+    grad_total: Any, grad_normalized: Any, dtype: torch.dtype, branch_dtype: torch.dtype | None,
+) -> Results:  # fmt: skip
     return (
-        torch.empty(total.shape, dtype=dtype, device=total.device),
-        total.new_empty(0)
-        if branch_dtype is None
-        else torch.empty(total.shape, dtype=branch_dtype, device=total.device),
+        *_gradient_buffers(total, dtype, branch_dtype),
         weight.new_empty((2 if gamma is None else 3, *weight.shape), dtype=torch.float32),
     )
+
+
+def _gradient_buffers(
+    total: Tensor, dtype: torch.dtype, branch_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    return _empty(total, dtype), None if branch_dtype is None else _empty(total, branch_dtype)
 
 
 def _add_layer_norm_backward(
     total: Tensor, branch: Any, gamma: Tensor | None, keep: Any, weight: Tensor, eps: float,
     grad_total: Any, grad_normalized: Tensor, dtype: torch.dtype, branch_dtype: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Results:  # fmt: skip
     from nat_models.fused.kernels import layer_norm
 
-    grad_x = torch.empty(total.shape, dtype=dtype, device=total.device)
-    grad_branch = None
-    if branch_dtype is not None:
-        grad_branch = torch.empty(total.shape, dtype=branch_dtype, device=total.device)
+    buffers = _gradient_buffers(total, dtype, branch_dtype)
     if total.numel() == 0:
-        parameters = weight.new_zeros((2 if gamma is None else 3, *weight.shape)).float()
-    else:
-        with _on_device_of(total):
-            parameters = layer_norm.backward(
-                total.contiguous(), _contiguous(branch), gamma, keep, weight, eps,
-                _contiguous(grad_total), grad_normalized.contiguous(), grad_x, grad_branch,
-            )  # fmt: skip
-    return grad_x, total.new_empty(0) if grad_branch is None else grad_branch, parameters
+        shape = 2 if gamma is None else 3, *weight.shape
+        return *buffers, weight.new_zeros(shape, dtype=torch.float32)
+    parameters = layer_norm.backward(
+        total.contiguous(), _contiguous(branch), gamma, keep, weight, eps,
+        _contiguous(grad_total), grad_normalized.contiguous(), *buffers,
+    )  # fmt: skip
+    return *buffers, parameters
 
 
-def _linear_gelu_fake(
+def _linear_gelu_empty(
     x: Tensor, weight: Tensor, bias: Tensor, with_hidden: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
-    hidden = x.new_empty(shape) if with_hidden else x.new_empty(0)
-    return hidden, x.new_empty(shape)
+    return x.new_empty(shape) if with_hidden else None, x.new_empty(shape)
 
 
-def _linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor, with_hidden: bool
-) -> tuple[Tensor, Tensor]:
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, with_hidden: bool) -> Results:
     from nat_models.fused.kernels import linear_gelu
 
-    hidden, output = _linear_gelu_fake(x, weight, bias, with_hidden)
+    hidden, output = _linear_gelu_empty(x, weight, bias, with_hidden)
     if x.numel() > 0:
-        with _on_device_of(x):
-            linear_gelu.forward(
-                x.contiguous(), weight.contiguous(), bias, hidden if with_hidden else None, output
-            )
+        linear_gelu.forward(_aligned(x), _aligned(weight), bias, hidden, output)
     return hidden, output
 
 
-def _gelu_backward_fake(hidden: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_linear_backward_empty(grad_output: Tensor, weight: Tensor, hidden: Tensor) -> Results:
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[-1], dtype=torch.float32)
 
 
-def _gelu_backward(hidden: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_linear_backward(grad_output: Tensor, weight: Tensor, hidden: Tensor) -> Results:
     from nat_models.fused.kernels import linear_gelu
 
     grad_hidden = torch.empty_like(hidden)
     if hidden.numel() == 0:
         return grad_hidden, hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
-    with _on_device_of(hidden):
-        grad_bias = linear_gelu.backward(hidden, grad_output.contiguous(), grad_hidden)
+    grad_bias = linear_gelu.backward(_aligned(grad_output), _aligned(weight), hidden, grad_hidden)
     return grad_hidden, grad_bias
-
-
-def _gelu_linear_backward_fake(
-    grad_output: Tensor, weight: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _gelu_backward_fake(hidden, grad_output)
-
-
-def _gelu_linear_backward(
-    grad_output: Tensor, weight: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    from nat_models.fused.kernels import linear_gelu
-
-    grad_hidden = torch.empty_like(hidden)
-    if hidden.numel() == 0:
-        return grad_hidden, hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
-    with _on_device_of(hidden):
-        grad_bias = linear_gelu.backward_of_two(
-            grad_output.contiguous(), weight.contiguous(), hidden, grad_hidden
-        )
-    return grad_hidden, grad_bias
-
-
-def _promoted(x: Tensor, branch: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, branch.dtype)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, at a multiple of 16 bytes, as descriptors of blocks demand."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 add_layer_norm = _define(
     "add_layer_norm(Tensor x, Tensor? branch, Tensor? gamma, Tensor? keep, Tensor weight, "
     "Tensor bias, float eps, ScalarType dtype) -> (Tensor total, Tensor normalized)",
-    _add_layer_norm_fake,
+    _add_layer_norm_empty,
     _add_layer_norm,
 )
 add_layer_norm_backward = _define(
     "add_layer_norm_backward(Tensor total, Tensor? branch, Tensor? gamma, Tensor? keep, "
     "Tensor weight, float eps, Tensor? grad_total, Tensor grad_normalized, ScalarType dtype, "
     "ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor)",
-    _add_layer_norm_backward_fake,
+    _add_layer_norm_backward_empty,
     _add_layer_norm_backward,
 )
 linear_gelu = _define(
     "linear_gelu(Tensor x, Tensor weight, Tensor bias, bool with_hidden) "
     "-> (Tensor hidden, Tensor output)",
-    _linear_gelu_fake,
+    _linear_gelu_empty,
     _linear_gelu,
-)
-gelu_backward = _define(
-    "gelu_backward(Tensor hidden, Tensor grad_output) -> (Tensor grad_hidden, Tensor grad_bias)",
-    _gelu_backward_fake,
-    _gelu_backward,
 )
 gelu_linear_backward = _define(
     "gelu_linear_backward(Tensor grad_output, Tensor weight, Tensor hidden) "
     "-> (Tensor grad_hidden, Tensor grad_bias)",
-    _gelu_linear_backward_fake,
+    _gelu_linear_backward_empty,
     _gelu_linear_backward,
 )

@@ -1,1 +1,1 @@
-"""The Triton kernels. Importing anything here but `tiles` imports Triton."""
+"""The Triton kernels. Importing anything here imports Triton."""

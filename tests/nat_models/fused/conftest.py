@@ -2,17 +2,15 @@
 
 import pytest
 
-from nat_models import fused
-from nat_models.fused import functional
+from nat_models.fused import use, using
 
 
 @pytest.fixture
 def use_fused(monkeypatch):
     """All operations run fused; the device is a GPU's or the interpreter's."""
-    for modes in fused.USED.values():
-        for mode in modes:
-            monkeypatch.setitem(modes, mode, True)
-    monkeypatch.setattr(functional, "_runs_on", lambda operation, device: True)
+    monkeypatch.setattr(use, "_has_kernels", lambda device, generation: True)
+    with using("add_layer_norm", "mlp"):
+        yield
 
 
 @pytest.fixture

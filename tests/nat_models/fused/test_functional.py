@@ -33,23 +33,10 @@ def gradients(outputs, leaves):
     return torch.autograd.grad(value, leaves)
 
 
-def test_nothing_is_fused_on_the_cpu():
-    assert not any(fused.is_used(operation, torch.zeros(1)) for operation in fused.USED)
-
-
-def test_composition_is_exact():
-    x, branch, weight, bias = arguments = tensors("cpu", torch.float64)
-    for actual, expected in zip(
-        fused.add_layer_norm(*arguments, 1e-5), definition(*arguments), strict=True
-    ):
-        assert torch.equal(actual, expected)
+def test_an_addition_alone_is_exact():
+    x, branch, *_ = arguments = tensors("cpu", torch.float64)
     assert torch.equal(fused.add(x, None), x)
     assert torch.equal(fused.add(x, branch), definition(*arguments)[0])
-    assert torch.equal(
-        fused.layer_norm(x, weight, bias, 1e-5), definition(x, None, weight, bias)[1]
-    )
-    product = torch.randn(WIDTH, CHANNELS, dtype=torch.float64)
-    assert torch.equal(fused.linear_gelu(x, product, None), F.gelu(F.linear(x, product)))
 
 
 @FUSED
@@ -75,28 +62,6 @@ def test_add_layer_norm(device, has_branch, compiled):
 
 @FUSED
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_linear_gelu(device, compiled):
-    x, _, _, _ = tensors(device, torch.float16)
-    weight = (torch.randn(WIDTH, CHANNELS, device=device) / 8).half().requires_grad_()
-    bias = torch.randn(WIDTH, device=device).half().requires_grad_()
-    leaves = x, weight, bias
-
-    def function():
-        return fused.linear_gelu(*leaves)
-
-    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
-    expected = F.gelu(F.linear(*(t.double() for t in leaves)))
-    torch.testing.assert_close(run().double(), expected, rtol=2e-3, atol=1e-3)
-    for actual, wanted in zip(
-        gradients([run()], leaves), gradients([expected], leaves), strict=True
-    ):
-        torch.testing.assert_close(actual, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
-    with torch.no_grad():
-        torch.testing.assert_close(function().double(), expected, rtol=2e-3, atol=1e-3)
-
-
-@FUSED
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_mlp(device, compiled):
     x = tensors(device, torch.float16)[0]
     weights = [torch.randn(shape, device=device) / 8 for shape in [(WIDTH, CHANNELS), (48, WIDTH)]]
@@ -112,6 +77,8 @@ def test_mlp(device, compiled):
     x, weight1, bias1, weight2, bias2 = (t.double() for t in leaves)
     expected = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
     torch.testing.assert_close(run().double(), expected, rtol=5e-3, atol=5e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(function().double(), expected, rtol=5e-3, atol=5e-3)
     wanted = gradients([expected], leaves)
     for actual, exact in zip(gradients([run()], leaves), wanted, strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-2, atol=1e-2 * exact.abs().max().item())
@@ -125,11 +92,10 @@ def test_autocast(device):
     with torch.autocast(device, torch.float16):
         total, normalized = fused.add_layer_norm(x, half, weight, bias, 1e-5)
         alone = fused.layer_norm(half.values, weight, bias, 1e-5)
-        hidden = fused.linear_gelu(
-            x, torch.randn(WIDTH, CHANNELS, device=device), x.new_zeros(WIDTH)
-        )
+        weights = torch.randn(2, WIDTH, CHANNELS, device=device)
+        output = fused.mlp(x, weights[0], x.new_zeros(WIDTH), weights[1].T, None)
     assert [t.dtype for t in (total, normalized)] == [torch.float32, torch.float16]
-    assert [t.dtype for t in (alone, hidden)] == [torch.float32, torch.float16]
+    assert [t.dtype for t in (alone, output)] == [torch.float32, torch.float16]
     expected = definition(x, half, weight, bias)
     torch.testing.assert_close(total, expected[0])
     torch.testing.assert_close(normalized.float(), expected[1], rtol=2e-3, atol=2e-3)
@@ -144,18 +110,6 @@ def test_second_derivative_is_refused(device):
 
 
 @FUSED
-def test_transforms_take_the_composition(device):
-    x, branch, weight, bias = (t if isinstance(t, tuple) else t.detach() for t in tensors(device))
-    values = branch.values.detach()
-
-    def norm(x, values):
-        return fused.add_layer_norm(x, fused.Branch(values), weight, bias, 1e-5)[1]
-
-    expected = F.layer_norm(x + values, (CHANNELS,), weight, bias)
-    torch.testing.assert_close(torch.func.vmap(norm)(x, values), expected)
-
-
-@FUSED
 def test_empty_batch(device):
     x, branch, weight, bias = tensors(device)
     none = fused.Branch(branch.values[:0], branch.gamma, branch.keep[:0])
@@ -163,3 +117,13 @@ def test_empty_batch(device):
     assert total.shape == normalized.shape == (0, 3, 5, CHANNELS)
     normalized.sum().backward()
     assert weight.grad.abs().max() == 0
+
+
+@FUSED
+def test_tensors_anywhere_in_memory(device):
+    """An odd address, and a transposed weight: blocks are fetched at multiples of 16 bytes."""
+    memory = torch.randn(6 * CHANNELS + 1, device=device).half()
+    x, weight = memory[1:].view(6, CHANNELS), torch.randn(CHANNELS, WIDTH, device=device).half().T
+    others = x.new_zeros(WIDTH), weight.T.contiguous(), None
+    expected = fused.mlp(x.clone(), weight.contiguous(), *others)
+    assert torch.equal(fused.mlp(x, weight, *others), expected)

@@ -56,3 +56,10 @@ def test_observed_modules_are_found():
     assert not fused.is_observed(module)
     module.compile()
     assert fused.is_observed(module)
+
+
+@pytest.mark.interpreter
+def test_transforms_take_the_composition(device):
+    norm, _ = pair("LayerNorm", device)
+    x = X.to(device)
+    torch.testing.assert_close(torch.func.vmap(norm)(x), norm(x))

@@ -1,0 +1,97 @@
+"""What runs fused, where nothing is said and where something is."""
+
+import pytest
+import torch
+from torch import nn
+
+from nat_models import fused
+from nat_models.fused import use
+
+ROWS = use.MIN_ROWS
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Tensors of the CPU count as those of an H100."""
+    monkeypatch.setattr(use, "_is_measured", lambda x: not torch.compiler.is_compiling())
+    monkeypatch.setattr(use, "_has_kernels", lambda device, generation: True)
+
+
+def mlp_is_used(x, width=96, dtype=torch.bfloat16):
+    weight = torch.empty(width, x.shape[-1], dtype=dtype, device=x.device)
+    return fused.mlp_is_used(x.to(dtype), weight, weight.T)
+
+
+def test_nothing_is_fused_on_the_cpu():
+    x = torch.empty(1).expand(2**20, 64)
+    with fused.using("add_layer_norm", "mlp"):
+        assert not fused.norm_is_used(x)
+        assert not mlp_is_used(x)
+
+
+def test_large_tensors_are_fused(on_hopper):
+    x = torch.empty(1).expand(ROWS, 64)
+    assert fused.norm_is_used(x)
+    assert not fused.norm_is_used(x[1:])
+    x = torch.empty(1, dtype=torch.bfloat16).expand(use.MIN_HIDDEN // 96, 64)
+    assert not mlp_is_used(x)
+    assert mlp_is_used(x, width=112)
+
+
+def test_what_is_said_counts(on_hopper):
+    small, large = torch.empty(3, 64), torch.empty(1).expand(ROWS, 64)
+    with fused.using("add_layer_norm"):
+        assert fused.norm_is_used(small)
+        assert not mlp_is_used(large.expand(ROWS, 64))
+        with fused.using("mlp"):
+            assert not fused.norm_is_used(large)
+            assert mlp_is_used(small)
+        assert fused.norm_is_used(small)
+    assert not fused.norm_is_used(small)
+    assert fused.norm_is_used(large)
+
+
+def test_compiled_code_is_left_to_the_compiler(on_hopper):
+    large = torch.empty(1).expand(ROWS, 64)
+
+    def function(x):
+        return x.sum() * 0 + int(fused.norm_is_used(x))
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(large) == 0
+    with fused.using("add_layer_norm"):
+        assert compiled(large) == 1
+    assert compiled(large) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 64), torch.float64), ((4, 8192), torch.float32)],
+    ids=["fp64", "long rows"],
+)
+def test_norms_without_kernels(on_hopper, shape, dtype):
+    with fused.using("add_layer_norm"):
+        assert not fused.norm_is_used(torch.empty(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(100, torch.bfloat16), (96, torch.float32)], ids=["width", "fp32"]
+)
+def test_products_without_kernels(on_hopper, width, dtype):
+    with fused.using("mlp"):
+        assert mlp_is_used(torch.empty(4, 64))
+        assert not mlp_is_used(torch.empty(4, 64), width, dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mlp_is_used(torch.empty(4, 64), 96, torch.float32)
+
+
+def test_what_is_no_plain_tensor_is_left_alone(on_hopper):
+    class Named(torch.Tensor):
+        pass
+
+    with fused.using("add_layer_norm"):
+        assert fused.norm_is_used(nn.Parameter(torch.empty(4, 64)))
+        assert not fused.norm_is_used(torch.empty(4, 64).as_subclass(Named))
+        assert not torch.func.vmap(lambda x: x * int(fused.norm_is_used(x)))(
+            torch.ones(4, 64)
+        ).any()
