@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from compiling import Ahead
+from compiling import Ahead, PeerRun
 from measuring import Deadline, Results, describe_device, today
 
 
@@ -62,9 +62,14 @@ def run(study: ModuleType, arguments: argparse.Namespace, deadline: Deadline) ->
     results = Results(arguments.output, description, study.IDENTITY)
     work = list(study.missing(arguments, results))
     study.begin(results)
-    with Ahead(part for item in work for part in item.parts) as ahead:
+    parts = [part for item in work for part in item.parts]
+    # They run on the GPU: nothing is timed beside them.
+    peers = [part for part in parts if isinstance(part, PeerRun)]
+    with Ahead(dict.fromkeys([*peers, *parts])) as ahead:
         for number, item in enumerate(work):
             try:
+                for peer in peers:
+                    ahead.wait(peer, deadline)
                 compiled = {part: ahead.wait(part, deadline) for part in item.parts}
             except TimeoutError:
                 compiled = None

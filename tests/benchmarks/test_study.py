@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import measuring
 import pytest
 import study
+from compiling import PeerRun
+from problem import Problem
 
 
 def numbers(broken=()):
@@ -56,6 +58,15 @@ def test_what_broke_the_gpu_is_not_tried_again(file):
 def test_nothing_starts_shortly_before_the_end(file, capsys):
     assert run(numbers(), file, seconds=4).records == []
     assert "3 measurements left" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_beside_a_peer_that_runs(file, capsys):
+    module, peer = numbers(), PeerRun("none", Problem((4,), 1, 8, (3,), (1,), 1), "float16", False)
+    work = [SimpleNamespace(record={"n": n}, parts=[peer] * (n == 2)) for n in (1, 2)]
+    module.missing = lambda *_: work
+    run(module, file)
+    said = capsys.readouterr().out
+    assert 0 <= said.find("ahead: PeerRun") < said.find("{'n': 1")  # it failed, so it has ended
 
 
 def test_a_commit_is_required(file):
