@@ -6,7 +6,7 @@
 
 Needs a GPU, PyTorch and Triton. A run that reaches its limit is continued by the same command. Our
 own kernels are measured anew for another commit, peers are not. Without a GPU,
-`--draw kernels.json FOLDER` makes table and chart again.
+`kernels.json --draw FOLDER` makes table and chart again.
 
 Each provider is first checked against the reference backend in fp64. A pass, with the bias and the
 bias's gradient or without them, is captured in a CUDA graph; a time is the median of graph replays
@@ -172,9 +172,10 @@ def nat_tiny(records: list[Record], name: str, columns: list[tuple[str, str]]) -
 
 
 def by_shape(records: list[Record], name: str) -> Iterator[tuple[str, float, dict[str, Record]]]:
-    """Title, floor, and measurement by provider of each shape."""
-    for title in dict.fromkeys(map(shape, records)):
-        row = {r["provider"]: r for r in records if shape(r) == title}
+    """Title, floor, and measurement by provider of each shape; none of what broke the GPU."""
+    whole = [r for r in records if f"{name}_floor_us" in r]
+    for title in dict.fromkeys(map(shape, whole)):
+        row = {r["provider"]: r for r in whole if shape(r) == title}
         yield title, next(iter(row.values()))[f"{name}_floor_us"], row
 
 
@@ -195,7 +196,7 @@ def plots(result: Record, folder: Path) -> list[Path]:
     files = []
     for dtype in dict.fromkeys(r["dtype"] for r in result["results"]):
         records = [r for r in result["results"] if r["dtype"] == dtype]
-        titles = list(dict.fromkeys(map(shape, records)))
+        titles = [title for title, *_ in by_shape(records, "forward")]
         figure = Figure((14, 2 + 0.32 * len(titles)), layout="constrained")
         for axes, name in zip(
             figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True

@@ -102,6 +102,17 @@ def test_table_and_chart_come_from_the_results_alone(measure, tmp_path):
     assert file.stat().st_size > 10_000
 
 
+def test_what_broke_the_gpu_is_left_out_of_table_and_chart(measure, tmp_path):
+    results = measure("--dtype", "float32", "--providers", "reference", "--only", "5x5")
+    work = kernels.Work(Problem.of(SMALL[0]), True, "float32", kernels.PROVIDERS["reference"])
+    broken = work.record | {"failures": {"GPU": "an illegal memory access was encountered"}}
+    content = results.content | {"results": [broken, *results.records]}
+    text = kernels.tables(content)
+    assert "5x5, 1 heads" in text
+    assert "6x6" not in text
+    assert kernels.plots(content, tmp_path)
+
+
 def test_the_layers_of_nat_tiny_are_summed():
     records = [
         {"map": [side, side], "main": True, "dilation": 1, "provider": "fused",
