@@ -19,8 +19,8 @@ class Case:
         execution: "eager"; "captured", the eager step as one CUDA graph; "compiled"; or
             "cuda_graphs", compiled and replayed as CUDA graphs (`mode="reduce-overhead"`).
         batch_size: Images of a step.
-        precision: "float32"; "tf32", for its matrix products; "bfloat16" or "float16" for autocast;
-            with "-true" for weights and images of that type.
+        precision: "float32"; "tf32", for products and convolutions; "bfloat16" or "float16" for
+            autocast; with "-true" for weights and images of that type.
         input_size: Pixels a side, None for the model's own size.
         attention_backend: Of neighborhood attention, None for the device's own choice.
         channels_last: Memory layout of images and weights.

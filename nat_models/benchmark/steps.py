@@ -32,8 +32,9 @@ def create_images(case: Case, device: torch.device) -> Tensor:
 def create_step(model: nn.Module, images: Tensor, case: Case) -> Step:
     """A function that runs one step of a model on images, which are on its device."""
     device_type = images.device.type
-    if case.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    is_tf32 = case.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = is_tf32  # PyTorch lets convolutions use it by default
     model.train(case.kind == "training")
     graphs = case.execution == "cuda_graphs"
     if case.execution in ("compiled", "cuda_graphs"):

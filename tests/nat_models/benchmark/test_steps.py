@@ -63,9 +63,12 @@ def test_true_precision_is_the_dtype_of_weights_and_images():
     assert create_images(case, CPU).dtype == torch.float16
 
 
-def test_tf32_is_for_products_of_float32():
-    create_step(Probe(), IMAGES, case_of(precision="tf32"))
-    assert torch.get_float32_matmul_precision() == "high"
+@pytest.mark.parametrize(("precision", "products"), [("tf32", "high"), ("float32", "highest")])
+def test_tf32_is_used_where_it_is_asked_for_alone(precision, products):
+    create_step(Probe(), IMAGES, case_of(precision="float32" if products == "high" else "tf32"))
+    create_step(Probe(), IMAGES, case_of(precision=precision))
+    assert torch.get_float32_matmul_precision() == products
+    assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
 
 
 @pytest.mark.slow
