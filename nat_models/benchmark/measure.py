@@ -24,7 +24,7 @@ class Sampling:
     """How often a case is timed.
 
     Attributes:
-        warmup: Calls before the first timed one.
+        warmup: Calls before the first timed one, and again to find how many make a turn.
         rounds: Turns of each case.
         round_seconds: Length of a turn.
         seed: Of weights and images.
@@ -77,8 +77,9 @@ class Candidate:
             self.record["first_call_seconds"] = perf_counter() - start
             if self.device.type == "cuda":  # the first call's tuning is not the model's memory
                 torch.cuda.reset_peak_memory_stats(self.device)
-            warm = Timing([time_calls(self.step, self.device, self.sampling.warmup)])
-            self.calls = max(3, math.ceil(self.sampling.round_seconds / warm.quantile(0.5)))
+            for _ in range(self.sampling.warmup):
+                self.step()
+            synchronize(self.device)
             if self.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(self.device) - before
                 self.record["peak_memory_mib"] = peak / MIB
@@ -92,6 +93,9 @@ class Candidate:
         """Time the calls of one turn: in a row, then some of them one by one."""
         if self.step is not None:
             with self._noting_out_of_memory():
+                if not self.rounds:  # while it was prepared, others may have been too
+                    warm = Timing([time_calls(self.step, self.device, self.sampling.warmup)])
+                    self.calls = max(3, math.ceil(self.sampling.round_seconds / warm.quantile(0.5)))
                 self.rounds.append(time_calls(self.step, self.device, self.calls))
                 few = max(3, self.calls // 4)
                 self.latencies.append(time_calls(self.step, self.device, few, wait=True))
@@ -144,6 +148,8 @@ def measure_in_turns(
         One JSON-ready record a case; of one that ran out of memory, without timings.
     """
     torch.compiler.reset()
+    # Models of a class share its code; beyond the limit they would run eagerly.
+    torch._dynamo.config.recompile_limit = 8 * len(candidates)
     release_memory()
     allocate_workspaces(candidates[0].device)
     turns = [Candidate.prepare] + [Candidate.time_round] * rounds

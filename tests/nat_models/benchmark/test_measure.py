@@ -1,3 +1,4 @@
+import time
 from itertools import groupby
 
 import pytest
@@ -48,6 +49,44 @@ def test_cases_are_measured_in_turns(probes):
     measure("resnet18", "resnet34", create_model=create_model, advance=lambda: ticks.append(None))
     assert [name for name, _ in groupby(calls)] == ["resnet18", "resnet34"] * 3
     assert len(ticks) == 6
+
+
+def test_a_round_is_as_long_as_asked_for_though_preparing_was_slow():
+    class Busy(nn.Module):
+        seconds = 0.05
+
+        def forward(self, x):
+            time.sleep(self.seconds)
+            return x
+
+    model = Busy()
+    case = Case("test_vit", "inference", "eager", 1, "float32", 64)
+    candidate = Candidate(case, CPU, Sampling(1, 1, 0.2), lambda *_: model)
+    candidate.prepare()
+    model.seconds = 0.001
+    candidate.time_round()
+    assert sum(candidate.rounds[0]) > 0.1
+
+
+def test_many_models_of_a_class_are_all_compiled():
+    graphs = []
+
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def compile(self, **_):
+            super().compile(backend=lambda graph, _: graphs.append(graph) or graph)
+
+        def forward(self, x):
+            return x * self.factor
+
+    factors = iter(range(2, 14))
+    case = Case("test_vit", "inference", "compiled", 1, "float32", 64)
+    candidates = [Candidate(case, CPU, SHORT, lambda *_: Scaled(next(factors))) for _ in range(12)]
+    measure_in_turns(candidates, 1, lambda: None)
+    assert len(graphs) == 12
 
 
 def test_a_model_out_of_memory_is_recorded_and_the_others_go_on(probes):
