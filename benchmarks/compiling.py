@@ -1,7 +1,7 @@
 """Kernels compiled ahead of their use, in processes beside the one that measures.
 
 Triton keeps what it compiled on disk, so that the process that measures only loads it. Our own
-kernels are compiled without a launch; the GPU is left alone meanwhile.
+kernels are compiled without a launch, beside measurements. Peers are run, so they come before them.
 """
 
 import builtins
