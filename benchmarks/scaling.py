@@ -76,7 +76,11 @@ def main() -> int:
             failed += 1
             continue
         longest = max(longest, time.monotonic() - begin)
-        report |= {"commit": arguments.commit, **result.pop("machine")}
+        now = result.pop("machine")
+        for name in ("device", "versions"):
+            if report.get(name, now[name]) != now[name]:
+                raise ValueError(f"{output}: {name} {report[name]}, but this is {now[name]}")
+        report |= {"commit": arguments.commit, **now}
         report["results"].append({**each, **result})
         output.write_text(json.dumps(report, indent=1) + "\n")
     if report["results"]:

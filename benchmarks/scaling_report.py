@@ -65,12 +65,15 @@ def speeds(result: Record) -> dict[tuple[str, str], dict[int, float]]:
     return found
 
 
-def gap(result: Record, record: Record) -> float:
-    """Largest difference of a run's losses from those of one GPU in one piece."""
+def gap(result: Record, record: Record) -> float | None:
+    """Largest difference of a run's losses from those of one GPU in one piece, if there are any."""
     whole = {"gpus": 1, "micro_batches": 1, "precision": record.get("precision", "32-true")}
-    [alone] = (
-        r["losses"] for r in result["results"] if r["part"] == "loss" and whole.items() <= r.items()
-    )
+    for r in result["results"]:
+        if r["part"] == "loss" and whole.items() <= r.items():
+            alone = r["losses"]
+            break
+    else:
+        return None
     return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
 
 
@@ -82,6 +85,7 @@ def _loss_row(result: Record, record: Record) -> list[object]:
         name = f"one GPU, {record['micro_batches']} micro-batches"
     losses = record["losses"]
     last = losses[max(losses, key=int)]
-    difference = f"{gap(result, record):.1e}"
+    found = gap(result, record)
+    difference = "-" if found is None else f"{found:.1e}"
     precision = record.get("precision", "32-true")
     return [name, record["gpus"], precision, len(losses), f"{last:.4f}", difference]

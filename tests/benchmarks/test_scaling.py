@@ -51,6 +51,18 @@ def test_two_processes_are_measured_agree_with_one_and_resume_on_another_number(
     assert output.with_suffix(".png").stat().st_size > 0
 
 
+def test_a_file_of_another_machine_is_refused(tmp_path, monkeypatch):
+    output = tmp_path / "scaling.json"
+    text = json.dumps({"device": "another", "versions": {}, "results": []})
+    output.write_text(text)
+    machine = scaling.machine()
+    monkeypatch.setattr(scaling, "measure", lambda *_: {"machine": machine})
+    monkeypatch.setattr(sys, "argv", ["scaling.py", str(output), *SMALL])
+    with pytest.raises(ValueError, match=f"device another, but this is {machine['device']}"):
+        scaling.main()
+    assert output.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--gpus", "3"], "--global-batch 16: expected a multiple of 3")],

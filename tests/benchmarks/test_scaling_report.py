@@ -30,6 +30,12 @@ def test_the_tables_tell_ratios_and_differences(result):
     assert "| fsdp2, continued on 2 | 4 | 32-true | 1 | 1.5030 | 3.0e-03 |" in tables
 
 
+def test_without_one_gpu_there_is_no_difference(result):
+    several = [r for r in result["results"] if r["gpus"] > 1]
+    tables = scaling_report.tables({**result, "results": several})
+    assert "| ddp | 2 | 32-true | 2 | 1.4998 | - |" in tables
+
+
 def test_the_plot_shows_efficiencies(result):
     [axes] = scaling_report.figures(result)["efficiency"].axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
