@@ -68,11 +68,9 @@ def speeds(result: Record) -> dict[tuple[str, str], dict[int, float]]:
 def gap(result: Record, record: Record) -> float | None:
     """Largest difference of a run's losses from those of one GPU in one piece, if there are any."""
     whole = {"gpus": 1, "micro_batches": 1, "precision": record.get("precision", "32-true")}
-    for r in result["results"]:
-        if r["part"] == "loss" and whole.items() <= r.items():
-            alone = r["losses"]
-            break
-    else:
+    runs = (r for r in result["results"] if r["part"] == "loss" and whole.items() <= r.items())
+    alone = next(runs, {}).get("losses")
+    if alone is None:
         return None
     return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
 
