@@ -60,7 +60,7 @@ def _without_none(like: Tensor, results: Results) -> tuple[Tensor, ...]:
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous, whatever the strides of `like`."""
-    return torch.empty(like.shape, dtype=dtype, device=like.device)
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _add_layer_norm_empty(

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 Operation = Literal["add_layer_norm", "mlp"]
 
 # Below these a launch costs the host more than the GPU gains (benchmarks/NOTES.md).
-MIN_ROWS = 2**14  # of add_layer_norm: the GPU gains 1 ns a row
+MIN_ROWS = 2**13  # of add_layer_norm: the GPU gains 1 ns a row
 MIN_HIDDEN = 2**25  # elements between an MLP's layers: the GPU gains 1 ps an element
 
 _HALF = torch.bfloat16, torch.float16

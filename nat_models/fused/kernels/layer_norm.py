@@ -68,7 +68,7 @@ def backward(
 
 def _kinds(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """What a compiled kernel depends on, of tensors: their dtypes and device."""
-    return first.device, first.dtype, *(x if x is None else x.dtype for x in others)
+    return first.device, first.dtype, *[x if x is None else x.dtype for x in others]
 
 
 def _block(channels: int) -> tuple[int, int]:
