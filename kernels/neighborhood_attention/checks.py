@@ -5,6 +5,7 @@ They run at each call, so what is right takes the short way through them.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -224,6 +225,8 @@ def checked_scale(name: str, scale: float | None, head_dim: int) -> float:
         return default
     if not isinstance(scale, (int, float, SymFloat)) or isinstance(scale, bool):
         raise TypeError(f"{name}={scale!r}: expected a number or None")
+    if not isinstance(scale, SymFloat) and not isfinite(scale):
+        raise ValueError(f"{name}={scale!r}: expected a finite number")
     return scale
 
 

@@ -35,6 +35,8 @@ WINDOW_ERRORS = [
     ("is_causal", 1, TypeError, r"is_causal=1: expected bool"),
     ("is_causal", (True,), ValueError, r"is_causal=\(True,\): expected 2 entries"),
     ("scale", "1", TypeError, r"scale='1': expected a number"),
+    ("scale", float("nan"), ValueError, r"scale=nan: expected a finite number"),
+    ("scale", float("inf"), ValueError, r"scale=inf: expected a finite number"),
     ("scale", True, TypeError, r"scale=True: expected a number"),
     ("rpb", [1.0], TypeError, r"rpb: expected a tensor, got list"),
     ("rpb", tensor(2, 5, 3), ValueError, r"rpb: expected shape .*\(2, 5, 5\), got \(2, 5, 3\)"),
