@@ -138,4 +138,8 @@ def _parse(record: dict[str, Any]) -> tuple[Key, Entry]:
             raise ValueError(f"kernel {name!r}: expected one of {KERNELS}")
         if tile is None and name not in OPTIONAL:
             raise ValueError(f"kernel {name!r}: it cannot be null")
-    return key, {name: tile and from_record(tile) for name, tile in tiles.items()}
+    entry = {name: tile and from_record(tile) for name, tile in tiles.items()}
+    whole_group = entry.get("whole_group")
+    if whole_group is not None and whole_group.tile != whole_group.strip:
+        raise ValueError(f"whole_group {whole_group}: its tile is its strip")
+    return key, entry

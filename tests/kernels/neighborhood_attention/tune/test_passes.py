@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -86,6 +87,19 @@ def test_results_that_are_not_written_fail_the_check(prepare, monkeypatch):
     backward = prepare(BACKWARD)
     backward.check(SEPARATE)  # leaves right results behind
     monkeypatch.setattr(fused_backward, "backward", lambda *arguments: None)
+    with pytest.raises(ArithmeticError, match="relative error nan"):
+        backward.check(SEPARATE)
+
+
+@pytest.mark.interpreter
+def test_images_that_are_not_written_fail_the_check(prepare, monkeypatch):
+    backward, real = prepare(BACKWARD), fused_backward.backward
+
+    def without_the_second(*arguments):
+        real(*arguments)
+        arguments[-1].key[1] = torch.nan
+
+    monkeypatch.setattr(fused_backward, "backward", without_the_second)
     with pytest.raises(ArithmeticError, match="relative error nan"):
         backward.check(SEPARATE)
 

@@ -101,6 +101,15 @@ def broken(**changes):
         pytest.param([broken(forward={"warps": 2})], "entry 0: .*warps", id="setting"),
         pytest.param([broken(forward={"tile": [1, 4, 7]})], "powers of 2", id="size"),
         pytest.param([broken(forward={"strip": [4, 8]})], "powers of 2", id="axes"),
+        pytest.param(
+            [
+                broken(
+                    tiles={"whole_group": {"tile": [1, 8, 8], "strip": [1, 8, 4], "num_warps": 1}}
+                )
+            ],
+            "its tile is its strip",
+            id="whole group",
+        ),
         pytest.param([broken(batch=3)], "entry 0: .*batch", id="field"),
         pytest.param(["forward"], "entry 0", id="no object"),
     ],
