@@ -102,7 +102,8 @@ def compile_only() -> Iterator[list[Kernel]]:
     triton.JITFunction.run = only_compile
     torch.cuda.get_device_capability = lambda _=None: capability(0)
     torch.cuda.get_device_properties = lambda _=None: properties(0)
-    tile_table.capability = lambda _: tile_capability(torch.device("cuda", 0))
+    if torch.cuda.is_available():
+        tile_table.capability = lambda _: tile_capability(torch.device("cuda", 0))
     try:
         yield kernels
     finally:
