@@ -38,12 +38,14 @@ class History(Callback):
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self._loss_sum: Tensor | float = 0.0
-        self._batches: Tensor | int = 0
+        self._batches: Tensor | float = 0.0
+        self._strategy: Any = None
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._clock = time.monotonic()
+        self._strategy = trainer.strategy
 
     def on_train_batch_end(
         self,
@@ -62,10 +64,9 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the epoch, its loss over all processes, and print it."""
         now = time.monotonic()
-        sums = torch.tensor([self._loss_sum, self._batches], device=trainer.strategy.root_device)
-        loss_sum, batches = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        loss_sum, batches = self._means()
         epoch = {
-            "train/loss": loss_sum / max(1, batches),
+            "train/loss": loss_sum / batches if batches else 0.0,
             "seconds": now - self._clock,
         }
         for name, value in trainer.callback_metrics.items():
@@ -76,17 +77,20 @@ class History(Callback):
         self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """All finished epochs, and the running sum of the one in progress."""
-        return {
-            "epochs": self.epochs,
-            "loss_sum": float(self._loss_sum),
-            "batches": int(self._batches),
-        }
+        """All finished epochs, and the running sums of the one in progress, for each process."""
+        loss_sum, batches = self._means()
+        return {"epochs": self.epochs, "loss_sum": loss_sum, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.epochs = state_dict["epochs"]
         self._loss_sum, self._batches = state_dict["loss_sum"], state_dict["batches"]
+
+    def _means(self) -> list[float]:
+        """Sum of the losses, and number of the batches, of the mean process."""
+        sums = torch.tensor([self._loss_sum, self._batches], device=self._strategy.root_device)
+        means: list[float] = self._strategy.reduce(sums, reduce_op="mean").tolist()
+        return means
 
     def _print(self, trainer: Trainer) -> None:
         epoch, total = self.epochs[-1], str(trainer.max_epochs)

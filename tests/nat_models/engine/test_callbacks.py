@@ -13,8 +13,17 @@ from nat_models.engine.callbacks import History, accuracy
 ALONE = SingleDeviceStrategy(torch.device("cpu"))
 
 
-def feed(history: History, *losses: float) -> None:
-    trainer = SimpleNamespace(accumulate_grad_batches=1)
+class Beside(SingleDeviceStrategy):
+    """One of two processes; the other's tensor is given."""
+
+    def reduce(self, tensor, reduce_op):
+        assert reduce_op == "mean"
+        return (tensor + self.other) / 2
+
+
+def feed(history: History, *losses: float, strategy=ALONE) -> None:
+    trainer = SimpleNamespace(accumulate_grad_batches=1, strategy=strategy)
+    history.on_train_start(trainer, None)
     for loss in losses:
         history.on_train_batch_end(trainer, None, {"loss": torch.tensor(loss)}, None, 0)
 
@@ -34,6 +43,20 @@ def test_history_survives_a_resume_in_the_middle_of_an_epoch(caplog):
     assert after.epochs[1]["val/top1"] == 0.975
     assert "lr" not in after.epochs[1]
     assert "epoch  2/12  train loss 2.000  held-out loss 0.500  top-1 97.50 %" in caplog.text
+
+
+def test_history_goes_on_with_the_losses_of_all_processes():
+    pair, after = Beside(torch.device("cpu")), [History(), History()]
+    before = History()
+    feed(before, 1.0, 1.0, strategy=pair)
+    pair.other = torch.tensor([10.0, 2.0])
+    state = before.state_dict()
+    for history, loss in zip(after, (1.0, 3.0), strict=True):
+        history.load_state_dict(state)
+        feed(history, loss, strategy=pair)
+    pair.other = torch.tensor([after[1]._loss_sum, after[1]._batches])
+    after[0].on_train_epoch_end(SimpleNamespace(callback_metrics={}, max_epochs=1), None)
+    assert after[0].epochs[0]["train/loss"] == (1 + 1 + 10 + 1 + 3) / 6
 
 
 def test_history_leaves_out_losses_that_are_not_finite(caplog):
