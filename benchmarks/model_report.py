@@ -64,8 +64,12 @@ def everything(result: Record) -> str:
 
 
 def summary(result: Record) -> str:
-    """A column a model, for the README: speed under each condition, and memory of the compiled."""
-    records = [r for r in _ok(result) if r.get("attention_backend") in (None, "fused")]
+    """At 224 pixels, a column a model: speed under each condition, and memory of the compiled."""
+    records = [
+        r
+        for r in _ok(result)
+        if r.get("attention_backend") in (None, "fused") and r["input_size"][-1] == 224
+    ]
     records.sort(key=lambda r: (r["pass"], -r["batch_size"]))
     conditions: dict[tuple[Any, ...], dict[str, Record]] = {}
     for r in records:
@@ -189,10 +193,11 @@ def _generations(result: Record) -> Iterator[tuple[tuple[Any, ...], dict[str, fl
     for r in _ok(result):
         if r.get("attention_backend") in GENERATIONS:
             key = r["model"], r["pass"], r["execution"], r["precision"], r["batch_size"]
-            found.setdefault(key, {})[r["attention_backend"]] = r["images_per_second"]
-    for key, speeds in found.items():
+            side = r["input_size"][-1]
+            found.setdefault((*key, side), {})[r["attention_backend"]] = r["images_per_second"]
+    for (*key, _), speeds in found.items():
         if len(speeds) > 1:
-            yield key, speeds
+            yield tuple(key), speeds
 
 
 def _generation_rows(result: Record) -> Iterator[list[str]]:

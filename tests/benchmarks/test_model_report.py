@@ -6,8 +6,10 @@ from model_process import Case
 PARTS = {"attention": 2.0, "matrix products": 3.0, "other": 1.0}
 
 
-def record(model, speed, backend=None, kind="inference", execution="compiled", batch_size=128):
-    case = Case(model, kind, execution, batch_size, attention_backend=backend)
+def record(
+    model, speed, backend=None, kind="inference", execution="compiled", batch_size=128, side=None
+):
+    case = Case(model, kind, execution, batch_size, input_size=side, attention_backend=backend)
     return case.as_record() | {
         "status": "ok",
         "images_per_second": speed,
@@ -45,6 +47,7 @@ def test_improvements_are_of_one_condition():
             record("nat_tiny", 150, "gemm"),
             record("nat_tiny", 300, "fused"),
             record("nat_tiny", 50, "naive", kind="training"),
+            record("nat_tiny", 40, "naive", side=384),
         )
     )
     last = found.split("\n")[-1]
@@ -55,7 +58,8 @@ def test_improvements_are_of_one_condition():
 def test_the_summary_has_a_column_a_model_ours_first():
     single = record("nat_tiny", 800, "fused", execution="cuda_graphs", batch_size=1)
     others = record("convnext_tiny", 2000), record("nat_tiny", 9999, "naive")
-    table = model_report.summary(result(*others, record("nat_tiny", 3000, "fused"), single))
+    larger = record("nat_tiny", 1000, "fused", side=384)
+    table = model_report.summary(result(*others, record("nat_tiny", 3000, "fused"), larger, single))
     head, _, top1, *rows = table.split("\n")
     assert head == "|  | `nat_tiny` | `convnext_tiny` |"
     assert top1 == "| top-1, % | 83.2 | 82.1 |"
