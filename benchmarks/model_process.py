@@ -7,7 +7,7 @@ all others wait, with their unused memory given back.
 
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from adapters import create_model
 from measuring import Deadline
+from torch import nn
 
 from nat_models.benchmark.case import Case
 from nat_models.benchmark.measure import (
@@ -26,13 +27,19 @@ from nat_models.benchmark.measure import (
 )
 from nat_models.benchmark.steps import Step
 
+CreateModel = Callable[[Case, torch.device], nn.Module]
+
 # Each case's process is a fork of one that has imported what takes long.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["nat_models.benchmark.measure"])
 
 
 def measure_together(
-    cases: Sequence[Case], device: str, sampling: Sampling, deadline: Deadline
+    cases: Sequence[Case],
+    device: str,
+    sampling: Sampling,
+    deadline: Deadline,
+    create: CreateModel = create_model,
 ) -> list[dict[str, Any]]:
     """Measure cases in turns.
 
@@ -44,6 +51,7 @@ def measure_together(
         device: Where.
         sampling: How often.
         deadline: When all must have ended.
+        create: From case and device to the model, in the case's process.
 
     Returns:
         A record of each case. One that could not be measured says why in its status.
@@ -51,7 +59,7 @@ def measure_together(
     Raises:
         TimeoutError: The deadline came first.
     """
-    members = [CaseProcess(case, device, sampling) for case in cases]
+    members = [CaseProcess(case, device, sampling, create) for case in cases]
     try:
         for member in members:
             member.start("prepare")
@@ -74,7 +82,7 @@ def measure_together(
     if len(members) == 1:
         return [members[0].record]
     return [
-        measure_together([member.case], device, sampling, deadline)[0]
+        measure_together([member.case], device, sampling, deadline, create)[0]
         if member.failed
         else member.record
         for member in members
@@ -84,10 +92,12 @@ def measure_together(
 class CaseProcess:
     """A candidate in a process of its own, and the newest record of it."""
 
-    def __init__(self, case: Case, device: str, sampling: Sampling) -> None:
+    def __init__(
+        self, case: Case, device: str, sampling: Sampling, create: CreateModel = create_model
+    ) -> None:
         self.case, self.record = case, case.as_record() | {"status": "ok"}
         self._connection, theirs = _processes.Pipe()
-        arguments = theirs, case, device, sampling
+        arguments = theirs, case, device, sampling, create
         self._process = _processes.Process(target=_serve, args=arguments, daemon=False)
         self._process.start()
         theirs.close()
@@ -140,8 +150,10 @@ class PatientCandidate(Candidate):
             time.sleep(pause)
 
 
-def _serve(connection: Connection, case: Case, device: str, sampling: Sampling) -> None:
-    candidate = PatientCandidate(case, torch.device(device), sampling, create_model)
+def _serve(
+    connection: Connection, case: Case, device: str, sampling: Sampling, create: CreateModel
+) -> None:
+    candidate = PatientCandidate(case, torch.device(device), sampling, create)
     allocate_workspaces(candidate.device)
     while True:
         try:
