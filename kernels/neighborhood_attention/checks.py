@@ -225,7 +225,8 @@ def checked_scale(name: str, scale: float | None, head_dim: int) -> float:
         return default
     if not isinstance(scale, (int, float, SymFloat)) or isinstance(scale, bool):
         raise TypeError(f"{name}={scale!r}: expected a number or None")
-    if not isinstance(scale, SymFloat) and not isfinite(scale):
+    is_number = not (isinstance(scale, SymFloat) or torch.compiler.is_compiling())
+    if is_number and not isfinite(scale):
         raise ValueError(f"{name}={scale!r}: expected a finite number")
     return scale
 

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from neighborhood_attention import na2d, na2d_qkvpacked
+from neighborhood_attention import na1d, na2d, na2d_qkvpacked
 from neighborhood_attention.backends import reference
 
 ops = torch.ops.neighborhood_attention
@@ -113,6 +113,18 @@ def test_a_changing_batch_compiles_a_second_time_and_no_more():
     for batch in (7, 9, 8, 11, 13):
         compiled(*problem(batch))
     assert frames.frame_count == 2
+
+
+def test_a_changing_scale_stays_in_the_graph():
+    torch._dynamo.reset()
+    query = torch.randn(1, 6, 1, 8)
+
+    def scaled(scale):
+        return na1d(query, query, query, 3, scale=scale)
+
+    compiled = torch.compile(scaled, backend="eager", fullgraph=True)
+    for scale in (0.5, 0.7, 0.9):
+        torch.testing.assert_close(compiled(scale), scaled(scale))
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
