@@ -22,7 +22,10 @@ def tensors(device, dtype=torch.float32):
 
 def definition(x, branch, weight, bias):
     if branch is not None:
-        x = x + branch.values * branch.gamma * branch.keep.view(-1, 1, 1, 1)
+        values, gamma, keep = branch
+        x = x + values * (1 if gamma is None else gamma) * (
+            1 if keep is None else keep.view(-1, 1, 1, 1)
+        )
     return x, F.layer_norm(x, (CHANNELS,), weight, bias, 1e-5)
 
 
@@ -40,12 +43,14 @@ def test_an_addition_alone_is_exact():
 
 
 @FUSED
-@pytest.mark.parametrize("has_branch", [True, False], ids=["branch", "alone"])
+@pytest.mark.parametrize("kind", ["scaled", "plain", "alone"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_add_layer_norm(device, has_branch, compiled):
-    x, branch, weight, bias = tensors(device)
-    leaves = [x, weight, bias, *(branch[:2] if has_branch else ())]
-    arguments = x, branch if has_branch else None, weight, bias
+def test_add_layer_norm(device, kind, compiled):
+    x, scaled, weight, bias = tensors(device)
+    plain = fused.Branch(scaled.values)
+    branch = {"scaled": scaled, "plain": plain, "alone": None}[kind]
+    leaves = [x, weight, bias, *(t for t in (branch or ())[:2] if t is not None)]
+    arguments = x, branch, weight, bias
 
     def function():
         return fused.add_layer_norm(*arguments, 1e-5)

@@ -63,3 +63,12 @@ def test_transforms_take_the_composition(device):
     norm, _ = pair("LayerNorm", device)
     x = X.to(device)
     torch.testing.assert_close(torch.func.vmap(norm)(x), norm(x))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("activation", [nn.GELU("tanh"), nn.ReLU()], ids=["tanh", "relu"])
+def test_other_activations_are_left_alone(device, activation):
+    ours, theirs = pair("Mlp", device)
+    ours.act = theirs.act = activation
+    x = X.half().to(device)
+    assert torch.equal(ours.half()(x), theirs.half()(x))
