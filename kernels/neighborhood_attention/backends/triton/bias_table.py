@@ -103,8 +103,9 @@ def _build_kernel(
         index = index * (2 * KERNEL_SIZE[1] - 1) + index_h
         index = index * (2 * KERNEL_SIZE[2] - 1) + index_w
         bias += tl.load(rpb + index, mask=attends, other=0.0).to(tl.float32) * 1.4426950408889634
-    if table.dtype.element_ty == tl.float16:
-        bias = tl.minimum(tl.maximum(bias, -65504.0), 65504.0)  # infinity has another meaning
+    if table.dtype.element_ty == tl.float16:  # only an infinite bias becomes infinite there
+        limited = tl.minimum(tl.maximum(bias, -65504.0), 65504.0)
+        bias = tl.where(tl.abs(bias) < float("inf"), limited, bias)
     bias = tl.where(attends, bias, float("-inf")).to(table.dtype.element_ty)
     ROWS: tl.constexpr = attends.shape[0]
     COLUMNS: tl.constexpr = attends.shape[1]

@@ -44,6 +44,7 @@ from neighborhood_attention.backends.triton.launch import (
     describe,
     layout,
     plan_arguments,
+    scale_arguments,
     window_arguments,
 )
 from neighborhood_attention.backends.triton.registers import in_rows
@@ -139,7 +140,7 @@ def _prepare(
     layouts = (Layout(*grad) for grad in grads)
     names = "grad_output", "grad_query", "grad_key", "grad_value"
     settings = {
-        "scale": scale, "IS_NEGATIVE": scale < 0,
+        **scale_arguments(scale),
         **problem.map_arguments(**dict(zip(names, layouts, strict=True))),
         **problem.head_arguments, **problem.additional_arguments, **window_arguments(window),
     }  # fmt: skip
@@ -192,7 +193,7 @@ def _query_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -219,7 +220,7 @@ def _query_gradient_kernel(
 
     token = token_index(query_token, size, heads, WIDE)
     query_offsets = token_offsets(query_token, query_strides, WIDE)
-    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), IS_NEGATIVE)
+    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), SIGN)
     grad_offsets = token_offsets(query_token, grad_output_strides, WIDE)
     do = load_tokens(grad_output, grad_offsets, is_query, VALUE_DIM, BLOCK_V)
     o = load_tokens(output, token * VALUE_DIM, is_query, VALUE_DIM, BLOCK_V)
@@ -247,7 +248,7 @@ def _query_gradient_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     strips = count_strips(start, end, STRIP, STRIPS)
-    next_bias = tl.load(table)  # one strip ahead: see the forward
+    next_bias = tl.load(table)  # one strip ahead
     for strip in range(strips):
         first = strip_start(strip, start, STRIP, STRIPS)
         key_token = strip_tokens(first, end, group, DILATION, STRIP)
@@ -281,7 +282,7 @@ def _key_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. Grid: (images * dilation groups * tiles * key heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -306,14 +307,14 @@ def _key_gradient_kernel(
 
     key_offsets = token_offsets(key_token, key_strides, WIDE)
     value_offsets = token_offsets(key_token, value_strides, WIDE)
-    k = with_sign(load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D), IS_NEGATIVE)
+    k = with_sign(load_tokens(key, key_offsets, is_key, HEAD_DIM, BLOCK_D), SIGN)
     v = load_tokens(value, value_offsets, is_key, VALUE_DIM, BLOCK_V)
     dk = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
     dv = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)
 
     for head in range(key_head * heads_per_key, (key_head + 1) * heads_per_key):
         strips = count_strips(start, end, STRIP, STRIPS)
-        next_bias = tl.load(table + head * table_stride)  # one strip ahead: see the forward
+        next_bias = tl.load(table + head * table_stride)  # one strip ahead
         for strip in range(strips):
             first = strip_start(strip, start, STRIP, STRIPS)
             query_token = strip_tokens(first, end, group, DILATION, STRIP)

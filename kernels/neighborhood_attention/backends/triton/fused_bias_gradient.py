@@ -130,7 +130,7 @@ def _partial_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One strip at one position, for a share of the images. Grid: (positions * strips * heads *
     shares,).
@@ -181,7 +181,7 @@ def _partial_kernel(
         row_lse = tl.load(lse + token, mask=is_query, other=0.0) * 1.4426950408889634
         row_delta = tl.load(delta + token, mask=is_query, other=0.0)
 
-        q = with_sign(q, IS_NEGATIVE)
+        q = with_sign(q, SIGN)
         s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s - row_lse[:, None])

@@ -28,6 +28,7 @@ from neighborhood_attention.backends.triton.launch import (
     Problem,
     describe,
     plan_arguments,
+    scale_arguments,
     window_arguments,
 )
 from neighborhood_attention.backends.triton.registers import in_rows
@@ -80,7 +81,7 @@ def _prepare(
     plan = plan_tiles(tile, window, tuple(spatial), of_keys=False)
     table = BiasTable(problem, window, plan)
     settings = {
-        "table_stride": table.head_stride, "scale": scale, "IS_NEGATIVE": scale < 0,
+        "table_stride": table.head_stride, **scale_arguments(scale),
         **problem.map_arguments(), **problem.head_arguments, **problem.additional_arguments,
         **window_arguments(window), **plan_arguments(plan),
     }  # fmt: skip
@@ -102,7 +103,7 @@ def _forward_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr,
     WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
@@ -126,8 +127,8 @@ def _forward_kernel(
     table = flat_block(table + head * table_stride, entry, TILE_TOKENS * STRIP_TOKENS)
 
     query_offsets = token_offsets(query_token, query_strides, WIDE)
-    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), IS_NEGATIVE)
-    running_max = tl.full((TILE_TOKENS,), -1.0e38, tl.float32)
+    q = with_sign(load_tokens(query, query_offsets, is_query, HEAD_DIM, BLOCK_D), SIGN)
+    running_max = tl.full((TILE_TOKENS,), -3.4e38, tl.float32)
     running_sum = tl.zeros((TILE_TOKENS,), tl.float32)
     running_output = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)
 

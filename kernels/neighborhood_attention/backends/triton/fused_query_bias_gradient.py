@@ -87,7 +87,7 @@ def _query_bias_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr,
     WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """One tile at one position, a share of the items. Grid: (heads * positions * shares,)."""
@@ -139,7 +139,7 @@ def _query_bias_gradient_kernel(
         if grad_lse is not None:
             row_delta -= tl.load(grad_lse + row, mask=is_query, other=0.0)
         tl.store(delta + row, row_delta, mask=is_query)
-        q = with_sign(q, IS_NEGATIVE)
+        q = with_sign(q, SIGN)
         dq = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
         for strip in tl.static_range(ALL_STRIPS):
             first = strip_start(strip, start, STRIP, STRIPS)

@@ -86,7 +86,7 @@ def _whole_group_kernel(
     DILATION: tl.constexpr, TILE: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr,
     WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Groups of one length, a share of the items. Grid: (heads * positions * shares,)."""
@@ -140,7 +140,7 @@ def _whole_group_kernel(
             row_delta -= tl.load(grad_lse + row)
         bias = in_rows(packed_bias, TOKENS, TOKENS, ROW_WARPS, COLUMN_WARPS).to(tl.float32)
 
-        dots = tl.dot(with_sign(k, IS_NEGATIVE), tl.trans(q), input_precision=PRECISION)
+        dots = tl.dot(with_sign(k, SIGN), tl.trans(q), input_precision=PRECISION)
         s = masked_scores(dots, scale, bias)
         p = tl.exp2(s - row_lse[None, :])
         dv = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)

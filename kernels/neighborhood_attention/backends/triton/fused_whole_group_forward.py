@@ -53,7 +53,7 @@ def _whole_group_forward_kernel(
     DILATION: tl.constexpr, TILE: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, IS_NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr,
     WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Groups of one length, a share of the items. Grid: (heads * positions * shares,)."""
@@ -86,10 +86,10 @@ def _whole_group_forward_kernel(
         q = load_tokens(query + image * query_strides[0], offsets, None, HEAD_DIM, BLOCK_D)
         k = load_tokens(key + image * key_strides[0], key_offsets, None, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + image * value_strides[0], value_offsets, None, VALUE_DIM, BLOCK_V)
-        dots = tl.dot(with_sign(q, IS_NEGATIVE), tl.trans(k), input_precision=PRECISION)
+        dots = tl.dot(with_sign(q, SIGN), tl.trans(k), input_precision=PRECISION)
         bias = in_rows(packed_bias, TOKENS, TOKENS, ROW_WARPS, COLUMN_WARPS)
         s = masked_scores(dots, scale, bias.to(tl.float32))
-        row_max = tl.maximum(tl.max(s, 1), -1.0e38)  # of a token that is none: -inf
+        row_max = tl.maximum(tl.max(s, 1), -3.4e38)  # of a token that is none: -inf
         p = tl.exp2(s - row_max[:, None])
         row_sum = tl.sum(p, 1)
         row_sum = tl.where(is_overflow(row_max, scale), float("nan"), row_sum)

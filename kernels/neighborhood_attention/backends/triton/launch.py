@@ -141,6 +141,11 @@ def with_contiguous_heads(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def scale_arguments(scale: float) -> dict[str, float]:
+    """The scale and its sign: 1, 0 or -1."""
+    return {"scale": scale, "SIGN": (scale > 0) - (scale < 0)}
+
+
 def window_arguments(window: Neighborhood) -> dict[str, tuple[int, ...]]:
     """The window, with three axes."""
     return {

@@ -341,14 +341,16 @@ def table_block(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _log2_scale(scale):
-    """|scale| log2 e; not 0, so that no infinity times it is NaN."""
-    return tl.maximum(tl.abs(scale) * 1.4426950408889634, 1.0e-30)
+    """|scale| log2 e; not 0, so that no infinity times it is NaN: see `with_sign`."""
+    return tl.where(scale == 0.0, 1.0, tl.maximum(tl.abs(scale) * 1.4426950408889634, 1.0e-30))
 
 
 @triton.jit
-def with_sign(x, IS_NEGATIVE: tl.constexpr):
+def with_sign(x, SIGN: tl.constexpr):
     """`x`, which gives the products with it the sign of the scale: logits take only its size."""
-    if IS_NEGATIVE:
+    if SIGN == 0:
+        x = x * 0  # NaN stays
+    elif SIGN < 0:
         x = -x
     return x
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Case, check, random_gradients, random_tensors, results
+from oracle import Case, attention, check, random_gradients, random_tensors, results
 
 from neighborhood_attention import (
     na1d,
@@ -181,6 +181,49 @@ def test_a_bias_beyond_the_range_of_fp16_stays_finite(device):
     plain = na1d(query, query, query, 3, backend="fused")
     assert lse.isfinite().all()
     torch.testing.assert_close(output, plain, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [fp32, fp16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("length", [6, 40])
+def test_a_bias_that_is_not_finite_acts_as_such(length, value, dtype, device):
+    case = Case((length,), (3,), **ONE, head_dim=8)
+    tensors = random_tensors(case.shapes(), dtype, device)
+    tensors["rpb"][0, 1] = value  # of the key before the query
+    output = fused(case)(**tensors)[0]
+    if value == -torch.inf:  # such a key is masked
+        expected = attention(case, **{n: x.double() for n, x in tensors.items()}, scale=8**-0.5)
+        torch.testing.assert_close(output.double(), expected[0], rtol=1e-2, atol=1e-3)
+    else:
+        assert output[:, 1:].isnan().all()
+    assert output[:, 0].isfinite().all()  # its window starts with the query
+
+
+@pytest.mark.parametrize("length", [6, 40])
+def test_a_bias_however_negative_is_no_mask(length, device):
+    case = Case((length,), (3,), **ONE, head_dim=8)
+    tensors = random_tensors(case.shapes(), fp32, device)
+    tensors["rpb"] = torch.full_like(tensors["rpb"], -1e38)
+    output, lse = fused(case)(**tensors)
+    torch.testing.assert_close(lse, torch.full_like(lse, -1e38))
+    flat = tensors | {"query": 0 * tensors["query"], "rpb": 0 * tensors["rpb"]}
+    torch.testing.assert_close(output, fused(case)(**flat)[0])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case((6,), (3,), **ONE, head_dim=8), Case((3, 5), (3, 3), **ONE, head_dim=8, additional=3)],
+    ids=str,
+)
+def test_a_scale_of_zero_leaves_the_bias_alone(case, device):
+    tensors = random_tensors(case.shapes(), fp32, device)
+    grads = random_gradients(case, fp32, device)
+    large = {n: x * 1e15 if n in ("query", "key") else x for n, x in tensors.items()}
+    plain, found = (results(partial(fused(case), scale=0.0), x, grads) for x in (tensors, large))
+    for name, expected in plain.items():
+        assert torch.equal(found[name], expected), name
+    assert not found["grad_query"].any()
+    assert not found["grad_key"].any()
 
 
 @pytest.mark.parametrize("name", ["query", "key"])
