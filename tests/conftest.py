@@ -28,6 +28,11 @@ def pytest_report_header() -> str | None:
     return f"only tests/kernels: {', '.join(MISSING)} not installed" if MISSING else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: they fork, and a fork inherits what earlier tests left in the process."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
