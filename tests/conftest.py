@@ -19,6 +19,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
+# The first backward starts a thread for each device, and a process with such threads must not fork.
+# Without a GPU there is none, unless a FakeTensorMode came first: that pretends to be eight.
+if not torch.cuda.is_available():
+    torch.ones(1, requires_grad=True).sum().backward()
+
 # tests/kernels needs torch alone; a GPU machine may hold nothing more.
 MISSING = [name for name in ("timm", "hydra", "lightning") if find_spec(name) is None]
 collect_ignore = ["nat_models", "configs", "e2e", "packaging"] if MISSING else []
@@ -26,11 +31,6 @@ collect_ignore = ["nat_models", "configs", "e2e", "packaging"] if MISSING else [
 
 def pytest_report_header() -> str | None:
     return f"only tests/kernels: {', '.join(MISSING)} not installed" if MISSING else None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: they fork, and a fork inherits what earlier tests left in the process."""
-    items.sort(key=lambda item: "e2e" not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)
