@@ -14,7 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from neighborhood_attention.backends.triton.bias_table import BiasTable
-from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.launch import (
+    Launch,
+    Problem,
+    plan_arguments,
+    walking_launch,
+)
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import TilePlan, plan_tiles
@@ -61,15 +66,10 @@ class BiasGradient:
         shares = plan.shares(batch, heads * prod(plan.strips))
         self._table = BiasTable(problem, window, plan)
         self._partial = shares * heads * blocks * prod(tile.tile) * prod(tile.strip)
-        self._launch = Launch(
-            _partial_kernel,
-            blocks * heads * shares,
-            {
-                **settings, **plan_arguments(plan), "table_stride": self._table.head_stride,
-                "batch": batch, "shares": shares, "positions": plan.positions,
-            },
-            **tile.options,
-        )  # fmt: skip
+        arguments = settings | {"table_stride": self._table.head_stride}
+        self._launch = walking_launch(
+            _partial_kernel, problem, plan, arguments, parts=prod(plan.strips)
+        )
         self._reduction = BiasReduction(problem, plan, shares, settings)
 
     def fill(self, gradient: Tensor, rpb: Tensor, *tensors: Tensor) -> None:

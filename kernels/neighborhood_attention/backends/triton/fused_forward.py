@@ -83,12 +83,13 @@ def _prepare(
     settings = {
         "table_stride": table.head_stride, **scale_arguments(scale),
         **problem.map_arguments(), **problem.head_arguments, **problem.additional_arguments,
-        **window_arguments(window), **plan_arguments(plan),
+        **window_arguments(window),
     }  # fmt: skip
     is_whole_group = plan.holds_groups and tile.tile == tile.strip
     if is_whole_group and problem.additional_keys is None:
         return table, whole_group_forward(problem, plan, settings), False
     programs = batch * plan.programs * heads
+    settings |= plan_arguments(plan)
     return table, Launch(_forward_kernel, programs, settings, **tile.options), True
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.fused_bias_gradient import BiasReduction
-from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.launch import Problem, walking_launch
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
@@ -56,15 +56,8 @@ class QueryBiasGradient:
         programs = plan.positions * problem.query.shape[-2] * shares
         self._table = BiasTable(problem, window, plan)
         self._sums = programs * strips * prod(tile.tile) * prod(tile.strip)
-        self._launch = Launch(
-            _query_bias_gradient_kernel,
-            programs,
-            {
-                **settings, **plan_arguments(plan), "table_stride": self._table.head_stride,
-                "batch": problem.query.shape[0], "shares": shares, "positions": plan.positions,
-            },
-            **tile.options,
-        )  # fmt: skip
+        arguments = settings | {"table_stride": self._table.head_stride}
+        self._launch = walking_launch(_query_bias_gradient_kernel, problem, plan, arguments)
         self._reduction = BiasReduction(problem, plan, shares, settings)
 
     def fill(

@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.launch import Launch, Problem, walking_launch
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
@@ -34,15 +34,7 @@ from neighborhood_attention.backends.triton.window import (
 
 def whole_group_forward(problem: Problem, plan: TilePlan, settings: dict[str, Any]) -> Launch:
     """Its tensors are query, key, value, table, output and lse; the plan's tile is its strip."""
-    batch, heads = problem.query.shape[0], problem.query.shape[-2]
-    shares = plan.shares(batch, heads)
-    arguments = {"batch": batch, "shares": shares, "positions": plan.positions}
-    return Launch(
-        _whole_group_forward_kernel,
-        heads * plan.positions * shares,
-        settings | plan_arguments(plan) | arguments,
-        **plan.tile.options,
-    )
+    return walking_launch(_whole_group_forward_kernel, problem, plan, settings)
 
 
 @triton.jit

@@ -169,6 +169,23 @@ def plan_arguments(plan: TilePlan) -> dict[str, int | tuple[int, ...]]:
     }
 
 
+def walking_launch(
+    kernel: Any, problem: Problem, plan: TilePlan, settings: Mapping[str, Any], parts: int = 1
+) -> Launch:
+    """Of programs that walk over images and dilation groups, at each position, part and head."""
+    batch, heads = problem.query.shape[0], problem.query.shape[-2]
+    shares = plan.shares(batch, heads * parts)
+    return Launch(
+        kernel,
+        plan.positions * parts * heads * shares,
+        {
+            **settings, **plan_arguments(plan),
+            "batch": batch, "shares": shares, "positions": plan.positions,
+        },
+        **plan.tile.options,
+    )  # fmt: skip
+
+
 def _strides(layout: Layout) -> tuple[int, ...]:
     """Of image, three axes and head of a [B, *spatial, heads, D]; a missing axis has stride 0."""
     batch, *spatial, head, _ = layout.strides
