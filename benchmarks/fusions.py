@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from compiling import Ahead
 from measuring import Deadline, Record, Results, markdown_table, today
-from model_process import measure_together
+from model_process import Workers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -289,12 +289,13 @@ class FusedCase(Case):
     choice: str = "default"
 
 
-_chosen = ExitStack()  # for the life of a process
+_chosen = ExitStack()  # until the process's next case
 
 
 def create_model(case: Case, device: torch.device) -> nn.Module:
     """The case's model, in a process whose code runs its choice fused."""
     operations = CHOICES[case.choice] if isinstance(case, FusedCase) else None
+    _chosen.close()
     if operations is not None:
         _chosen.enter_context(fused.using(*operations))
     return steps.create_model(case, device)
@@ -361,13 +362,11 @@ def measure_models(results: Results, arguments: argparse.Namespace, deadline: De
         start = time.monotonic()
         if deadline.left < longest:
             raise TimeoutError
-        records = measure_together(
-            missing, arguments.device, arguments.sampling, deadline, create_model
-        )
-        for case, record in zip(missing, records, strict=True):
-            results.add(record | case_record(case))
+        with Workers(arguments.device, arguments.sampling, create_model) as workers:
+            for case, record in workers.measure(missing, deadline):
+                results.add(record | case_record(case))
         longest = max(longest, time.monotonic() - start)
-        print(f"{len(records)} cases in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{len(missing)} cases in {time.monotonic() - start:.0f} s", flush=True)
 
 
 def is_measured(results: Results, case: FusedCase) -> bool:

@@ -5,9 +5,9 @@ all cores. Memory, compiled code and failures of one case do not touch another's
 all others wait, with their unused memory given back.
 """
 
+import gc
 import multiprocessing
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,76 +28,120 @@ from nat_models.benchmark.measure import (
 from nat_models.benchmark.steps import Step
 
 CreateModel = Callable[[Case, torch.device], nn.Module]
+WAITS = "waits for memory"
 
-# Each case's process is a fork of one that has imported what takes long.
+# Each process is a fork of one that has imported what takes long.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["nat_models.benchmark.measure"])
 
 
-def measure_together(
-    cases: Sequence[Case],
-    device: str,
-    sampling: Sampling,
-    deadline: Deadline,
-    create: CreateModel = create_model,
-) -> list[dict[str, Any]]:
-    """Measure cases in turns.
+class Workers:
+    """Measure groups of cases; as a context they end at last.
 
-    What fails beside others is tried once more when they have given back their memory, and if it
-    fails again, alone.
+    A process that neither compiled nor profiled, and did not fail, measures a case of the next
+    group too.
 
     Args:
-        cases: What to measure.
         device: Where.
         sampling: How often.
-        deadline: When all must have ended.
         create: From case and device to the model, in the case's process.
-
-    Returns:
-        A record of each case. One that could not be measured says why in its status.
-
-    Raises:
-        TimeoutError: The deadline came first.
     """
-    members = [CaseProcess(case, device, sampling, create) for case in cases]
-    try:
-        for member in members:
-            member.start("prepare")
-        for member in members:
-            member.finish(deadline)
-        for member in members:
-            if member.failed and len(members) > 1:
-                member.run("prepare", deadline)
-        for _ in range(sampling.rounds):
-            for member in members:
-                member.run("time_round", deadline)
-        for member in members:
-            timed = member.record
-            member.run("profile", deadline)
-            if member.failed:  # times are worth keeping without
-                member.record = timed
-    finally:
-        for member in members:
-            member.end()
-    if len(members) == 1:
-        return [members[0].record]
-    return [
-        measure_together([member.case], device, sampling, deadline, create)[0]
-        if member.failed
-        else member.record
-        for member in members
-    ]
 
+    def __init__(self, device: str, sampling: Sampling, create: CreateModel = create_model) -> None:
+        self._arguments = device, sampling, create
+        self._rounds = sampling.rounds
+        self._idle: list[Worker] = []
 
-class CaseProcess:
-    """A candidate in a process of its own, and the newest record of it."""
+    def __enter__(self) -> "Workers":
+        return self
 
-    def __init__(
-        self, case: Case, device: str, sampling: Sampling, create: CreateModel = create_model
+    def __exit__(self, *_: object) -> None:
+        for worker in self._idle:
+            worker.end()
+
+    def measure(
+        self, cases: Sequence[Case], deadline: Deadline, profile: bool = True
+    ) -> Iterator[tuple[Case, dict[str, Any]]]:
+        """Measure cases in turns.
+
+        What finds too little memory beside others waits until all are prepared, then tries again.
+        What fails nevertheless is measured alone after the others, whose records have been given.
+
+        Args:
+            cases: What to measure.
+            deadline: When all must have ended.
+            profile: Whether to say where the time goes.
+
+        Yields:
+            Each case and its record. Where it could not be measured, the status says why.
+
+        Raises:
+            TimeoutError: The deadline came first.
+        """
+        workers = [self._worker() for _ in cases]
+        try:
+            self._in_turns(workers, cases, deadline, profile)
+            records = [worker.record for worker in workers]
+            self._keep(workers, cases, deadline, profile)
+        except BaseException:
+            for worker in workers:
+                worker.end()
+            raise
+        alone = []
+        for case, record in zip(cases, records, strict=True):
+            if record["status"] == "ok" or len(cases) == 1:
+                yield case, record
+            else:
+                alone.append(case)
+        for case in alone:
+            yield from self.measure([case], deadline, profile)
+
+    def _in_turns(
+        self, workers: Sequence["Worker"], cases: Sequence[Case], deadline: Deadline, profile: bool
     ) -> None:
-        self.case, self.record = case, case.as_record() | {"status": "ok"}
+        for worker, case in zip(workers, cases, strict=True):
+            worker.start("prepare", case)
+        for worker in workers:
+            worker.finish(deadline)
+        for worker in workers:
+            if worker.record["status"] == WAITS:
+                worker.start("go on")
+                worker.finish(deadline)
+        for _ in range(self._rounds):
+            for worker in workers:
+                worker.run("time_round", deadline)
+        for worker in workers if profile else ():
+            timed = worker.record
+            worker.run("profile", deadline)
+            if worker.failed:  # times are worth keeping without
+                worker.record = timed
+
+    def _worker(self) -> "Worker":
+        return self._idle.pop() if self._idle else Worker(*self._arguments)
+
+    def _keep(
+        self, workers: Sequence["Worker"], cases: Sequence[Case], deadline: Deadline, profile: bool
+    ) -> None:
+        kept = []
+        for worker, case in zip(workers, cases, strict=True):
+            is_clean = case.execution in ("eager", "captured") and not profile
+            if is_clean and worker.record["status"] in ("ok", "out of memory"):
+                worker.start("forget")
+                kept.append(worker)
+            else:
+                worker.end()
+        for worker in kept:
+            worker.finish(deadline)
+        self._idle += [worker for worker in kept if not worker.failed]
+
+
+class Worker:
+    """A process with a candidate, and the newest record of it."""
+
+    def __init__(self, device: str, sampling: Sampling, create: CreateModel = create_model) -> None:
+        self.record: dict[str, Any] = {"status": "ok"}
         self._connection, theirs = _processes.Pipe()
-        arguments = theirs, case, device, sampling, create
+        arguments = theirs, device, sampling, create
         self._process = _processes.Process(target=_serve, args=arguments, daemon=False)
         self._process.start()
         theirs.close()
@@ -105,18 +149,20 @@ class CaseProcess:
     @property
     def failed(self) -> bool:
         """Whether the last method of the candidate failed."""
-        return self.record["status"] != "ok"
+        return bool(self.record["status"] != "ok")
 
     def run(self, method: str, deadline: Deadline) -> None:
         """Call a method of the candidate, unless an earlier one failed for good."""
-        if method == "prepare" or not self.failed:
+        if not self.failed:
             self.start(method)
             self.finish(deadline)
 
-    def start(self, method: str) -> None:
-        """Begin a method of the candidate."""
+    def start(self, method: str, case: Case | None = None) -> None:
+        """Begin a method of the candidate, of a new one for a case."""
+        if case is not None:
+            self.record = case.as_record() | {"status": "ok"}
         with suppress(OSError):  # it has died, which `finish` will note
-            self._connection.send(method)
+            self._connection.send((method, case))
 
     def finish(self, deadline: Deadline) -> None:
         """Wait for its end."""
@@ -138,33 +184,53 @@ class CaseProcess:
 class PatientCandidate(Candidate):
     """A candidate that waits for memory, as others are being prepared too."""
 
+    connection: Connection
+
     def call_first(self, step: Step) -> None:
-        """Try again what is compiled by then."""
-        for pause in (3, 10, 20, 0):
-            try:
-                return super().call_first(step)
-            except RuntimeError as error:
-                if not pause or not is_out_of_memory(error) or self.device.type == "cpu":
-                    raise
-            release_memory()
-            time.sleep(pause)
+        """Also the second call, which records a captured step; what is compiled is kept."""
+        try:
+            self._call_twice(step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return
+        release_memory()
+        self.connection.send(self.record | {"status": WAITS})
+        self.connection.recv()
+        self._call_twice(step)
+
+    def _call_twice(self, step: Step) -> None:
+        super().call_first(step)
+        super().call_first(step)
 
 
-def _serve(
-    connection: Connection, case: Case, device: str, sampling: Sampling, create: CreateModel
-) -> None:
-    candidate = PatientCandidate(case, torch.device(device), sampling, create)
-    allocate_workspaces(candidate.device)
+def _serve(connection: Connection, device: str, sampling: Sampling, create: CreateModel) -> None:
+    candidate: PatientCandidate | None = None
+    allocate_workspaces(torch.device(device))
+    gc.freeze()  # what was imported is not searched for garbage
     while True:
         try:
-            method = connection.recv()
+            method, case = connection.recv()
         except EOFError:  # nobody asks any more
             return
-        try:
-            getattr(candidate, method)()
-            record = candidate.result() if candidate.rounds else candidate.record
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            record = candidate.record | {"status": f"failed: {type(error).__name__}: {reason}"}
+        if case is not None:
+            candidate = PatientCandidate(case, torch.device(device), sampling, create)
+            candidate.connection = connection
+        record: dict[str, Any] = {"status": "ok"}
+        if method == "forget":
+            candidate = None
+        else:
+            assert candidate is not None
+            record = _call(candidate, method)
         release_memory()
         connection.send(record)
+
+
+def _call(candidate: Candidate, method: str) -> dict[str, Any]:
+    try:
+        getattr(candidate, method)()
+        return candidate.result() if candidate.rounds else candidate.record
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        return candidate.record | {"status": f"failed: {type(error).__name__}: {reason}"}

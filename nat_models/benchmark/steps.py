@@ -16,7 +16,8 @@ Step = Callable[[], object]
 
 def create_model(case: Case, device: torch.device) -> nn.Module:
     """The model with random weights, on the device, at the case's resolution."""
-    model = _sized(case)
+    with device:  # drawing the weights of a large model takes a processor ten seconds
+        model = _sized(case)
     if case.attention_backend is not None and hasattr(model, "set_attention_backend"):
         model.set_attention_backend(case.attention_backend)
     model.to(device=device, dtype=_dtype(case), memory_format=_layout(case))

@@ -97,10 +97,29 @@ def test_what_cannot_be_measured_is_named(arguments, message, capsys):
 
 def test_a_group_is_one_condition_of_limited_size():
     cases = options("--models", "nat_mini", "test_vit", "--together", "3").cases
-    groups = [*models.groups(cases, dict.fromkeys(cases, 3))]
+    groups = [*models.groups(cases, dict.fromkeys(cases, models.Grid(together=3)))]
     assert [case for group in groups for case in group] == cases
     assert [len(group) for group in groups] == [3, 3, 3, 3]
     assert all(len({case.kind for case in group}) == 1 for group in groups)
+
+
+def test_cases_with_and_without_a_profile_do_not_share_a_group():
+    one, two = (Case("test_vit", "inference", "captured", n) for n in (1, 1))
+    two = models.replace(two, model="test_resnet")
+    grids = {one: models.Grid(profile=False), two: models.Grid()}
+    assert [*models.groups([one, two], grids)] == [[one], [two]]
+    assert not any(
+        grid.profile for grid in options("--models", "nat_mini", "--no-profile").grids.values()
+    )
+
+
+def test_the_papers_models_take_few_groups():
+    chosen = options("--preset", "paper")
+    groups = [*models.groups(chosen.cases, chosen.grids)]
+    assert len(chosen.cases) == 135
+    assert len(groups) <= 18
+    for group in groups:  # the three generations of a model are timed in turns
+        assert len({case.model for case in group}) * 3 <= len(group) + 4
 
 
 def test_mfu_is_the_fraction_of_the_data_sheets_rate():
