@@ -16,10 +16,6 @@ Operation = Literal["add_layer_norm", "mlp"]
 MIN_ROWS = 2**13  # of add_layer_norm: the GPU gains 1 ns a row
 MIN_HIDDEN = 2**25  # elements between an MLP's layers: the GPU gains 1 ps an element
 
-# Set when tests/nat_models/fused has passed on a GPU with the launches as they are now: the kernels
-# did, launched otherwise.
-IS_VERIFIED = False
-
 _HALF = torch.bfloat16, torch.float16
 _DTYPES = *_HALF, torch.float32
 _MAX_CHANNELS = 4096  # a row is kept in registers
@@ -30,9 +26,9 @@ _chosen: frozenset[str] | None = None
 def using(*operations: Operation) -> Iterator[None]:
     """Run these operations fused wherever there are kernels for it, and no others.
 
-    Without it none does until `IS_VERIFIED`; then they run fused in eager mode on a GPU of the
-    measured kind, where the tensors are large enough; compiled code is left to PyTorch's compiler.
-    Code compiled under one choice is compiled again under another.
+    Without it they run fused in eager mode on a GPU of the measured kind, where the tensors are
+    large enough; compiled code is left to PyTorch's compiler. Code compiled under one choice is
+    compiled again under another.
 
     Args:
         operations: "add_layer_norm" (also alone, without an addition) and "mlp".
@@ -89,8 +85,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def _is_measured(x: Tensor) -> bool:
     return (
-        IS_VERIFIED
-        and x.is_cuda
+        x.is_cuda
         and not torch.compiler.is_compiling()
         and _capability(x.device) == (9, 0)
     )

@@ -174,6 +174,7 @@ def check(function, case, dtype, device, sampled, tolerance=None, **options):
         assert_close(name, found, pair[0], tolerance or TOLERANCE[dtype], pair[1])
     actual.clear()
     if case.rpb:
+        torch.cuda.empty_cache()  # the largest maps leave no room for its fragments
         for grad in (grad_output, grad_lse):
             flat = grad.flatten(1, dims)
             chosen = flat[:, sample]
