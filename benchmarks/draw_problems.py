@@ -4,7 +4,9 @@
 
 Like those of "Faster Neighborhood Attention" (arXiv 2403.04690): windows, dilations, head
 dimensions and batches from real models to long sequences, in 1-D, 2-D and 3-D. The 2-D ones
-contain the zoo's layers. Every tenth problem is also for providers that take long to compile.
+contain the zoo's layers. Three at a time share window, dilation, head dimension and which sizes are
+multiples of 16, and with them their compiled kernels. Ten a number of axes are also for providers
+that take long to compile, every third for products in TF32.
 """
 
 import json
@@ -14,10 +16,12 @@ from random import Random
 
 from problem import FOLDER, Problem, load_problems
 
-COUNT = 240  # a number of axes
+COUNT = 200  # a number of axes
+FAMILY = 3  # problems that share kernels
+SLOW = 10  # a number of axes
 # Elements of the query; FLOP of the forward; weights of the unfused backends.
 ELEMENTS = 2**20, 2**26
-MAX_FLOPS = 2 * 10**11
+MAX_FLOPS = 5 * 10**10
 MAX_WEIGHTS = 2**30
 # FlexAttention's block mask; gathered windows.
 MAX_SLOW_TOKENS = 2**13
@@ -31,37 +35,70 @@ DEPTHS = [4, 8, 12, 16, 24, 32]
 VOLUME_SIDES = [7, 8, 14, 16, 20, 24, 28, 32, 48, 56, 64]
 VOLUME_WINDOWS = [2, 3, 4, 5, 7, 8, 9]
 
+# How to draw a map, and a window of a map.
+Size = tuple[int, ...]
+Axes = tuple[Callable[[Random], Size], Callable[[Random, Size], Size]]
+
 
 def main() -> None:
     """Write the file."""
     random = Random(0)
     zoo = [Problem.of(entry) for entry in load_problems("zoo")]
     drawn = [
-        *distinct(random, sequence, []),
-        *distinct(random, image, [p for p in zoo if is_measurable(p)]),
-        *distinct(random, volume, []),
+        *distinct(random, (length, sequence_window), []),
+        *distinct(random, (image, image_window), [p for p in zoo if is_measurable(p)]),
+        *distinct(random, (volume, volume_window), []),
     ]
-    slow = {
-        problem
-        for dims in (1, 2, 3)
-        for problem in [p for p in drawn if p.dims == dims and is_slow(p)][::7][:10]
-    }
-    rows = ",\n".join(f"  {json.dumps(p.record | {'slow': p in slow})}" for p in drawn)
+    slow = set()
+    for dims in (1, 2, 3):
+        possible = [p for p in drawn if p.dims == dims and is_slow(p)]
+        slow |= set(possible[:: len(possible) // SLOW][:SLOW])
+    rows = ",\n".join(
+        f"  {json.dumps(p.record | {'slow': p in slow, 'tf32': number % 3 == 0})}"
+        for number, p in enumerate(drawn)
+    )
     about = " ".join(__doc__.split("\n\n")[-1].split())
     text = f'{{\n "about": {json.dumps(about)},\n "problems": [\n{rows}\n ]\n}}\n'
     (FOLDER / "paper.json").write_text(text)
 
 
-def distinct(
-    random: Random, draw: Callable[[Random], Problem], first: list[Problem]
-) -> Iterator[Problem]:
+def distinct(random: Random, axes: Axes, first: list[Problem]) -> Iterator[Problem]:
     """`first`, and as many further ones as are missing."""
     found = dict.fromkeys(first)
     while len(found) < COUNT:
-        problem = draw(random)
-        if is_measurable(problem):
+        for problem in family(random, axes)[: COUNT - len(found)]:
             found[problem] = None
     yield from found
+
+
+def family(random: Random, axes: Axes) -> list[Problem]:
+    """Problems that share kernels: half of them not dilated, a quarter as far as the map allows."""
+    draw_size, draw_window = axes
+    size = draw_size(random)
+    window = draw_window(random, size)
+    largest = [n // k for n, k in zip(size, window, strict=True)]
+    kind = random.random()
+    dilation = [1 if kind < 0.5 else d if kind < 0.75 else random.randint(1, d) for d in largest]
+    extent = [k * d for k, d in zip(window, dilation, strict=True)]
+    head_dim = random.choice([32, 64, 128])
+    found: dict[Problem, None] = {}
+    for _ in range(100):
+        other = draw_size(random)
+        is_alike = all(
+            e <= m and (m % 16 == 0) == (n % 16 == 0)
+            for m, n, e in zip(other, size, extent, strict=True)
+        )
+        if is_alike and not 0.5 <= kind < 0.75:
+            size = other
+        heads = random.choice([2, 3, 4, 6, 8, 12, 24])
+        target = 2 ** random.randint(21, 26)
+        batch = min(256, max(1, target // (prod(size) * heads * head_dim)))
+        problem = Problem(size, heads, head_dim, window, tuple(dilation), batch)
+        if is_measurable(problem):
+            found[problem] = None
+        if len(found) == FAMILY:
+            break
+    return list(found)
 
 
 def is_measurable(problem: Problem) -> bool:
@@ -84,45 +121,39 @@ def is_slow(problem: Problem) -> bool:
     return problem.tokens <= MAX_SLOW_TOKENS and gathered <= MAX_SLOW_ELEMENTS
 
 
-def sequence(random: Random) -> Problem:
+def length(random: Random) -> Size:
     """1-D."""
-    length = random.choice(LENGTHS)
-    window = random.choice([w for w in WINDOWS if w <= length])
-    return complete(random, (length,), (window,))
+    return (random.choice(LENGTHS),)
 
 
-def image(random: Random) -> Problem:
-    """2-D, half of them square, most with square windows."""
+def sequence_window(random: Random, size: Size) -> Size:
+    """1-D."""
+    return (random.choice([w for w in WINDOWS if w <= size[0]]),)
+
+
+def image(random: Random) -> Size:
+    """2-D, half of them square."""
     height = random.choice(SIDES)
-    width = height if random.random() < 0.5 else random.choice(SIDES)
-    windows = [w for w in SQUARE_WINDOWS if w <= min(height, width)]
+    return height, height if random.random() < 0.5 else random.choice(SIDES)
+
+
+def image_window(random: Random, size: Size) -> Size:
+    """2-D, most of them square."""
+    windows = [w for w in SQUARE_WINDOWS if w <= min(size)]
     rows = random.choice(windows)
-    columns = rows if random.random() < 0.8 else random.choice(windows)
-    return complete(random, (height, width), (rows, columns))
+    return rows, rows if random.random() < 0.8 else random.choice(windows)
 
 
-def volume(random: Random) -> Problem:
-    """3-D, square frames of a video, windows with a depth of their own."""
+def volume(random: Random) -> Size:
+    """3-D, square frames of a video."""
     depth, side = random.choice(DEPTHS), random.choice(VOLUME_SIDES)
-    rows = random.choice([w for w in VOLUME_WINDOWS if w <= side])
-    depth_window = random.choice([w for w in VOLUME_WINDOWS if w <= depth])
-    return complete(random, (depth, side, side), (depth_window, rows, rows))
+    return depth, side, side
 
 
-def complete(random: Random, size: tuple[int, ...], window: tuple[int, ...]) -> Problem:
-    """Dilation (half of them none, a quarter the largest), heads, and a batch that fills a GPU."""
-    largest = [n // k for n, k in zip(size, window, strict=True)]
-    kind = random.random()
-    if kind < 0.5:
-        dilation = [1] * len(size)
-    elif kind < 0.75:
-        dilation = largest
-    else:
-        dilation = [random.randint(1, d) for d in largest]
-    heads, head_dim = random.choice([1, 2, 3, 4, 6, 8, 12, 16, 24]), random.choice([32, 64, 128])
-    target = 2 ** random.randint(21, 26)
-    batch = max(1, target // (prod(size) * heads * head_dim))
-    return Problem(size, heads, head_dim, window, tuple(dilation), min(batch, 256))
+def volume_window(random: Random, size: Size) -> Size:
+    """3-D, with a depth of its own."""
+    depth, rows = (random.choice([w for w in VOLUME_WINDOWS if w <= n]) for n in size[:2])
+    return depth, rows, rows
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -31,18 +32,23 @@ def _cold() -> Tensor:
     return torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
 
-def graph_time(function: Callable[[], Any], seconds: float = 0.1) -> Timing:
+def graph_time(
+    function: Callable[[], Any], seconds: float = 0.1, limit: float = math.inf
+) -> Timing:
     """Time of a call captured in a CUDA graph; each replay finds a cold L2 cache.
 
     The current stream must not be the default one. It takes about `seconds` and the replays of at
-    least 7 calls, 50 at most.
+    least 5 calls, 50 at most; one replay where that takes more than `limit` microseconds, and more
+    than 1,000, beside which a graph's first launch is short.
     """
     function()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         function()
     (first,) = _replay(graph, 1)
-    times = sorted(_replay(graph, min(50, max(7, int(seconds * 1e6 / first)))))
+    if first > max(limit, 1000):
+        return Timing(first, first, first)
+    times = sorted(_replay(graph, min(50, max(5, int(seconds * 1e6 / first)))))
     tenth = len(times) // 10
     return Timing(statistics.median(times), times[tenth], times[-1 - tenth])
 

@@ -79,7 +79,8 @@ def measure(
 ) -> Measured:
     """Check each way, time it for some seconds, and keep the fastest of each pass.
 
-    A way with a wrong result, or one that raises, is named under `failures`.
+    A way that takes twice as long as another is not called again. One with a wrong result, or
+    one that raises, is named under `failures`.
 
     Raises:
         RuntimeError: The GPU can do no more.
@@ -93,7 +94,8 @@ def measure(
     for call in provider.prepare(problem, tensors) if passes else ():
         for name in passes:
             try:
-                entry = _checked_time(call, name, tensors, exact, seconds)
+                limit = 2 * _microseconds(found.get(name))
+                entry = _checked_time(call, name, tensors, exact, seconds, limit)
                 found[name] = min(entry, found.get(name), key=_microseconds)
             except Exception as error:
                 if tensors.qkv.is_cuda:
@@ -104,16 +106,16 @@ def measure(
 
 
 def _checked_time(
-    call: Call, name: str, tensors: Tensors, exact: Exact, seconds: float
+    call: Call, name: str, tensors: Tensors, exact: Exact, seconds: float, limit: float
 ) -> dict[str, Any]:
     errors = exact.errors(results(call, exact.grad if name == "backward" else None))
     if not all(error <= exact.tolerance for error in errors.values()):
         raise ArithmeticError(f"wrong results, relative errors {errors}")
     if name == "forward":
-        timing = graph_time(call.forward, seconds)
+        timing = graph_time(call.forward, seconds, limit)
     else:
         grad = call.arrange(tensors.grad)
-        timing = graph_time(lambda: call.backward(grad), seconds)
+        timing = graph_time(lambda: call.backward(grad), seconds, limit)
     return {"us": timing.median, "range": timing[1:], "way": call.label, "errors": errors}
 
 

@@ -22,7 +22,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
     import problem
     import study
 
-    def once(function: Callable[[], object], _: float) -> measuring.Timing:
+    def once(function: Callable[[], object], *_: float) -> measuring.Timing:
         function()
         return measuring.Timing(20.0, 19.0, 21.0)
 

@@ -46,6 +46,7 @@ def test_each_provider_is_checked_and_timed_in_both_passes(measure):
     assert ours["forward_floor_us"] == pytest.approx(4 * 2 * 36 * 2 * 8 * 4 / 2e6)
     assert found[6, "sdpa"]["ways"]["forward"] == "flash"
     assert "backward_us" not in found[6, "sdpa"]  # PyTorch's kernels for CPUs give no such gradient
+    assert "forward_without_rpb_us" not in found[6, "sdpa"]
     assert "forward_us" not in found[6, "natten"]
 
 

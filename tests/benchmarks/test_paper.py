@@ -19,7 +19,9 @@ SMALL = [
 
 @pytest.fixture
 def measure(on_cpu, generations_on_cpu, monkeypatch):
-    monkeypatch.setattr(paper, "load_problems", lambda _: [p | {"slow": False} for p in SMALL])
+    monkeypatch.setattr(
+        paper, "load_problems", lambda _: [p | {"slow": False, "tf32": True} for p in SMALL]
+    )
     return on_cpu(paper)
 
 
@@ -30,6 +32,7 @@ def test_there_are_some_hundred_problems_of_each_dimension():
         chosen = [e for e, p in zip(PROBLEMS, problems, strict=True) if p.dims == dims]
         assert len(chosen) >= 200
         assert sum(entry["slow"] for entry in chosen) == 10
+        assert sum(entry["tf32"] for entry in chosen) >= 60
     assert all(
         k * d <= n
         for p in problems
@@ -45,10 +48,13 @@ def test_a_first_part_is_a_balanced_sample():
             return None
 
     work = paper.missing(arguments, Nothing())
-    assert len(work) == 3 * len(PROBLEMS)
-    first = [(item.problem.dims, item.precision) for item in work[:270]]
-    counts = [first.count((d, p)) for d in (1, 2, 3) for p in ("float16", "float32", "tf32")]
-    assert min(counts) >= 15
+    assert len(work) == 2 * len(PROBLEMS) + sum(entry["tf32"] for entry in PROBLEMS)
+    slow = [len(item.providers) > 4 for item in work]
+    assert slow == [True] * 30 + [False] * (len(work) - 30)
+    first = [(item.problem.dims, item.precision) for item in work[30:300]]
+    counts = [first.count((d, p)) for d in (1, 2, 3) for p in ("float16", "float32")]
+    assert min(counts) >= 20
+    assert sum(precision == "tf32" for _, precision in first) >= 20
     assert work == paper.missing(arguments, Nothing())
 
 
