@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nat_models.data import ImageDataModule
@@ -22,6 +23,8 @@ def make_trainer(cfg: DictConfig) -> Trainer:
     """Instantiate the trainer with the callbacks and loggers of the configuration."""
     loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values() if c]
     options: dict[str, Any] = {"logger": loggers or False}
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        options["profiler"] = None  # the first process's profile is the run's
     if cfg.trainer.precision == "auto":
         options["precision"] = _precision(cfg.trainer.accelerator)
     callbacks: list[Callback] = [instantiate(c) for c in (cfg.callbacks or {}).values() if c]
@@ -87,10 +90,10 @@ def set_up_torch(cfg: DictConfig) -> None:
     """TF32, caches of compiled code, threads, seeds."""
     torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = cfg.tf32
-    if "paths" in cfg:
+    if "paths" in cfg:  # not a default: to import PyTorch is enough for it to set the first one
         for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             folder = Path(cfg.paths.cache, variable.partition("_")[0].lower())
-            os.environ.setdefault(variable, str(folder.absolute()))
+            os.environ[variable] = str(folder.absolute())
     if cfg.threads is not None:
         if not isinstance(cfg.threads, int) or cfg.threads < 1:
             raise ValueError(f"threads={cfg.threads}: expected an integer, at least 1")

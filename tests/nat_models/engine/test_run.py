@@ -159,3 +159,15 @@ def test_checkpoint_holds_plain_data_only(checkpoint):
     assert model["name"] == "test_vit"
     assert model["num_classes"] == 3
     assert type(content["datamodule_hyper_parameters"]["options"]) is dict
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [("simple", "run_training_batch"), ("advanced", "training_step"), ("pytorch", "aten::")],
+)
+def test_a_profile_lies_in_the_runs_folder(compose, tmp_path, kind, shown):
+    options = ["debug=short", "data.batch_size=1", "trainer.limit_train_batches=5"]
+    options += [f"profiler={kind}", f"paths.output_dir={tmp_path}"]
+    run.train(compose("train", *TINY, *QUIET, *options))
+    assert shown in (tmp_path / "fit-profile.txt").read_text()
+    assert any(tmp_path.glob("*training_step*.json")) == (kind == "pytorch")

@@ -2,7 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from nat_models.engine import setup
 
@@ -57,3 +61,19 @@ def test_tf32_is_a_switch(tf32):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_compiled_code_is_kept_where_the_configuration_says(tmp_path, monkeypatch):
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "elsewhere")  # as PyTorch itself sets the first one
+    cfg = {"tf32": False, "threads": None, "paths": {"cache": str(tmp_path)}}
+    setup.set_up_torch(OmegaConf.create(cfg))
+    assert cache_dir() == f"{tmp_path}/torchinductor"
+    assert triton.knobs.cache.dir == f"{tmp_path}/triton"
+
+
+@pytest.mark.parametrize(("rank", "profiles"), [(0, True), (1, False)])
+def test_the_first_process_alone_is_profiled(compose, monkeypatch, rank, profiles):
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    cfg = compose("train", "profiler=simple", "trainer.accelerator=cpu", "logger=none")
+    assert isinstance(setup.make_trainer(cfg).profiler, SimpleProfiler) == profiles
