@@ -4,14 +4,12 @@ Triton keeps what it compiled on disk, so that the process that measures only lo
 kernels are compiled without a launch, beside measurements. Peers are run, so they come before them.
 """
 
-import builtins
 import fcntl
-import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ProcessPoolExecutor, TimeoutError
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +17,13 @@ from typing import Any, NamedTuple
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import torch
-from measuring import Deadline
 from peers import PROVIDERS, Provider
 from problem import Problem, random_tensors, use_precision
 
 from neighborhood_attention.backends import Inputs, load
 from neighborhood_attention.geometry import Neighborhood
+from neighborhood_attention.tune.ahead import Ahead
+from neighborhood_attention.tune.records import Deadline
 
 # Of peers with more elements, one is run at a time.
 LARGE_ELEMENTS = 2**26
@@ -160,38 +159,23 @@ def parts_of(provider: Provider, problem: Problem, precision: str, bias: bool) -
     return [PeerRun(*what)] if provider.compiler == "torch" and not refused else []
 
 
-class Ahead:
-    """Calls made by other processes, in order; as a context it ends them."""
+def wait(ahead: Ahead, part: Part, deadline: Deadline) -> list[Kernel] | None:
+    """What a part returns; None where it failed: the process that measures then does it by itself.
 
-    def __init__(self, parts: Iterable[Callable[[], Any]]) -> None:
-        parts = list(parts)
-        processes = max(1, min(14, (os.cpu_count() or 3) - 2, len(parts)))
-        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-        self._told: set[str] = set()
-        self._futures = {part: self._pool.submit(part) for part in parts}
+    Raises:
+        TimeoutError: The deadline came first.
+    """
+    try:
+        found: list[Kernel] | None = ahead.wait(part, deadline)
+    except TimeoutError:
+        raise
+    except Exception as error:
+        _tell(f"{part}: {type(error).__name__}: {str(error)[:300]}")
+        return None
+    return found
 
-    def wait(self, part: Callable[[], Any], deadline: Deadline) -> Any:
-        """The result; None where it failed: the process that measures then compiles by itself.
 
-        Raises:
-            TimeoutError: The deadline came first.
-        """
-        try:
-            return self._futures[part].result(deadline.left)
-        except (TimeoutError, CancelledError):
-            raise builtins.TimeoutError from None
-        except Exception as error:
-            message = f"{type(error).__name__}: {str(error)[:300]}"
-            if message not in self._told:  # a process that died breaks all that follows
-                print(f"ahead: {part}: {message}", flush=True)
-            self._told.add(message)
-            return None
-
-    def __enter__(self) -> "Ahead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        processes = list((self._pool._processes or {}).values())
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+@cache
+def _tell(message: str) -> None:
+    """Once, however often it is waited for."""
+    print(f"ahead: {message}", flush=True)

@@ -16,6 +16,7 @@ of the other gradient; that of two products, the bias gradient.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,9 +25,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Each process compiles by itself: PyTorch's compiler, imported later, shall start no further ones.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 import torch
-from compiling import Ahead
-from measuring import Deadline, Record, Results, markdown_table, today
+from measuring import Record, Results, markdown_table, today
 from model_process import Workers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +40,8 @@ from nat_models.benchmark.case import EXECUTIONS, Case
 from nat_models.benchmark.measure import Sampling
 from nat_models.benchmark.report import describe
 from nat_models.fused import ops
+from neighborhood_attention.tune.ahead import Ahead
+from neighborhood_attention.tune.records import Deadline
 
 PARTS = ("operations", "host", "models")
 IDENTITY = ("part", "case")

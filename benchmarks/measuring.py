@@ -7,7 +7,6 @@ import os
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -102,18 +101,6 @@ def describe_device() -> Record:
             "threads": properties.max_threads_per_multi_processor,
         },
     }
-
-
-class Deadline:
-    """The end of the time that a run may take."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds, 0 at least."""
-        return max(0.0, self._end - time.monotonic())
 
 
 class Results:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from adapters import create_model
-from measuring import Deadline
 from torch import nn
 
 from nat_models.benchmark.case import Case
@@ -26,6 +25,7 @@ from nat_models.benchmark.measure import (
     release_memory,
 )
 from nat_models.benchmark.steps import Step
+from neighborhood_attention.tune.records import Deadline
 
 CreateModel = Callable[[Case, torch.device], nn.Module]
 WAITS = "waits for memory"

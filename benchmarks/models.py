@@ -34,7 +34,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 
 import torch
 from adapters import available_backends
-from measuring import Deadline, Results, markdown_table
+from measuring import Results, markdown_table
 from model_process import Workers
 
 import nat_models  # noqa: F401 (registers the models)
@@ -42,6 +42,7 @@ from nat_models.benchmark.case import EXECUTIONS, PRECISIONS, Case
 from nat_models.benchmark.measure import Sampling
 from nat_models.benchmark.report import describe
 from nat_models.benchmark.settings import attention_backend, check_models
+from neighborhood_attention.tune.records import Deadline
 
 # TFLOP/s of NVIDIA's data sheets for H100 SXM and H200, without sparsity.
 PEAK_TFLOPS = {"float32": 67, "tf32": 494.5, "bfloat16": 989.5, "float16": 989.5}

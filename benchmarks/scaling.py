@@ -39,7 +39,7 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from measuring import Deadline, Record
+from measuring import Record
 from omegaconf import DictConfig
 
 from nat_models.cli import config_dir
@@ -47,6 +47,7 @@ from nat_models.engine import run
 from nat_models.engine.console import set_up_logging
 from nat_models.engine.execution import choose_execution
 from nat_models.engine.setup import make_trainer, plain, set_up_torch
+from neighborhood_attention.tune.records import Deadline
 
 PARTS = ("throughput", "loss", "resume")
 STRATEGIES = ("ddp", "fsdp2")

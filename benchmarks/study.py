@@ -19,8 +19,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from compiling import Ahead, PeerRun
-from measuring import Deadline, Results, describe_device, today
+from compiling import PeerRun, wait
+from measuring import Results, describe_device, today
+
+from neighborhood_attention.tune.ahead import Ahead
+from neighborhood_attention.tune.records import Deadline
 
 
 def main(study: ModuleType) -> Results | None:
@@ -65,12 +68,12 @@ def run(study: ModuleType, arguments: argparse.Namespace, deadline: Deadline) ->
     parts = [part for item in work for part in item.parts]
     # They run on the GPU: nothing is timed beside them.
     peers = [part for part in parts if isinstance(part, PeerRun)]
-    with Ahead(dict.fromkeys([*peers, *parts])) as ahead:
+    with Ahead([*peers, *parts]) as ahead:
         for number, item in enumerate(work):
             try:
                 for peer in peers:
-                    ahead.wait(peer, deadline)
-                compiled = {part: ahead.wait(part, deadline) for part in item.parts}
+                    wait(ahead, peer, deadline)
+                compiled = {part: wait(ahead, part, deadline) for part in item.parts}
             except TimeoutError:
                 compiled = None
             if compiled is None or deadline.left < study.MARGIN:

@@ -22,6 +22,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
     import problem
     import study
 
+    from neighborhood_attention.tune.records import Deadline
+
     def once(function: Callable[[], object], *_: float) -> measuring.Timing:
         function()
         return measuring.Timing(20.0, 19.0, 21.0)
@@ -41,7 +43,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
 
         def run(*words: str, commit: str = "a", seconds: float = 1000) -> measuring.Results:
             arguments = study.parse(module, [str(tmp_path / "r.json"), "--commit", commit, *words])
-            return study.run(module, arguments, measuring.Deadline(seconds))
+            return study.run(module, arguments, Deadline(seconds))
 
         return run
 

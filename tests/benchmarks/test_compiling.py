@@ -3,10 +3,12 @@ from functools import partial
 
 import pytest
 import torch
-from compiling import Ahead, Kernel, OperatorPass, parts_of
-from measuring import Deadline
+from compiling import Kernel, OperatorPass, parts_of, wait
 from peers import PROVIDERS
 from problem import Problem
+
+from neighborhood_attention.tune.ahead import Ahead
+from neighborhood_attention.tune.records import Deadline
 
 PROBLEM = Problem((9, 10), 2, 32, (3, 3), (1, 1), 4)
 
@@ -40,19 +42,13 @@ def test_kernels_are_compiled_without_a_gpu(hopper, backend, tmp_path):
     assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels)
 
 
-def test_other_processes_work_ahead(capsys):
+def test_a_failure_ahead_is_told_once(capsys):
     good, bad = partial(sum, [1, 2]), partial(operator.neg, "x")
     with Ahead([good, bad]) as ahead:
-        assert ahead.wait(good, Deadline(100)) == 3
-        assert ahead.wait(bad, Deadline(100)) is None
-        assert ahead.wait(bad, Deadline(100)) is None
+        assert wait(ahead, good, Deadline(100)) == 3
+        assert wait(ahead, bad, Deadline(100)) is None
+        assert wait(ahead, bad, Deadline(100)) is None
     assert capsys.readouterr().out.count("TypeError") == 1
-
-
-def test_waiting_ends_at_the_deadline():
-    call = partial(sum, [1])
-    with Ahead([call]) as ahead, pytest.raises(TimeoutError):
-        ahead.wait(call, Deadline(0))
 
 
 def test_each_pass_of_our_kernels_is_a_part_and_a_peer_is_one():

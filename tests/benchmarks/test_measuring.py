@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from measuring import Deadline, Results, graph_time, markdown_table
+from measuring import Results, graph_time, markdown_table
 
 DESCRIPTION = {"device": "d", "versions": {"torch": "2"}, "commit": "a", "date": "2026-01-01"}
 
@@ -35,11 +35,6 @@ def test_other_versions_are_refused(results, tmp_path):
     results.add({"name": "x"})
     with pytest.raises(ValueError, match="versions"):
         Results(tmp_path / "r.json", DESCRIPTION | {"versions": {"torch": "3"}}, ["name"])
-
-
-def test_a_deadline_has_no_negative_time_left():
-    assert Deadline(-1).left == 0
-    assert 99 < Deadline(100).left <= 100
 
 
 def test_a_table_has_a_line_a_row():

@@ -1,10 +1,10 @@
 import pytest
 from adapters import create_model
-from measuring import Deadline
 from model_process import Worker, Workers
 
 from nat_models.benchmark.case import Case
 from nat_models.benchmark.measure import Sampling
+from neighborhood_attention.tune.records import Deadline
 
 SHORT = Sampling(warmup=1, rounds=2, round_seconds=0.01)
 

@@ -1,11 +1,12 @@
 import json
 from types import SimpleNamespace
 
-import measuring
 import pytest
 import study
 from compiling import PeerRun
 from problem import Problem
+
+from neighborhood_attention.tune.records import Deadline
 
 
 def numbers(broken=()):
@@ -37,7 +38,7 @@ def file(tmp_path, monkeypatch):
 
 def run(module, file, seconds=100):
     arguments = study.parse(module, [str(file), "--commit", "a"])
-    return study.run(module, arguments, measuring.Deadline(seconds))
+    return study.run(module, arguments, Deadline(seconds))
 
 
 def test_all_that_is_missing_is_measured(file):

@@ -6,11 +6,12 @@ launched: the GPU is left alone meanwhile.
 
 import multiprocessing
 import os
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 
@@ -21,13 +22,14 @@ from neighborhood_attention.tune.records import Deadline
 MAX_PROCESSES = 14
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A pass with certain tiles."""
 
     work: Work
     tiles: Tiles
 
-    def compile(self) -> None:
+    def __call__(self) -> None:
         """Compile its kernels; the tensors take no memory, since none is written.
 
         Raises:
@@ -50,31 +52,34 @@ class Part(NamedTuple):
 
 
 class Ahead:
-    """Compiles parts in order; as a context it ends the processes."""
+    """Calls made by other processes, in order; as a context it ends them.
 
-    def __init__(self, parts: Iterable[Part], processes: int | None = None) -> None:
-        processes = processes or max(1, min(MAX_PROCESSES, (os.cpu_count() or 3) - 2))
-        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-        self._futures: dict[Part, Future[None]] = {}
-        for part in parts:
-            if part not in self._futures:
-                self._futures[part] = self._pool.submit(part.compile)
+    Args:
+        calls: Functions without arguments that another process can take; each is called once.
+        processes: How many, by default 2 fewer than there are cores, and 14 at most.
+    """
 
-    def wait(self, part: Part, deadline: Deadline) -> None:
-        """Return when a part is compiled, or was not asked for.
+    def __init__(self, calls: Iterable[Callable[[], object]], processes: int | None = None) -> None:
+        distinct = list(dict.fromkeys(calls))
+        most = max(1, min(MAX_PROCESSES, (os.cpu_count() or 3) - 2, len(distinct)))
+        self._pool = ProcessPoolExecutor(processes or most, multiprocessing.get_context("spawn"))
+        self._futures = {call: self._pool.submit(call) for call in distinct}
+
+    def wait(self, call: Callable[[], object], deadline: Deadline) -> Any:
+        """The result of a call; None if it was not asked for, or its process died.
 
         Raises:
             TimeoutError: The deadline came first.
-            RuntimeError: What the compiler raised.
+            Exception: What the call raised.
         """
-        if part not in self._futures:
-            return
+        if call not in self._futures:
+            return None
         try:
-            self._futures[part].result(deadline.left)
-        except FutureTimeoutError:
+            return self._futures[call].result(deadline.left)
+        except (FutureTimeoutError, CancelledError):
             raise TimeoutError from None
         except BrokenProcessPool:  # the process that measures compiles by itself
-            return
+            return None
 
     def __enter__(self) -> "Ahead":
         return self

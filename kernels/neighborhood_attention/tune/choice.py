@@ -16,6 +16,10 @@ from neighborhood_attention.tune.search import Route, fastest, is_clearly_faster
 LONG = 100  # milliseconds of the last comparison
 
 
+class NoTiles(RuntimeError):
+    """All tiles of a pass fail."""
+
+
 class Bench(Protocol):
     """What times a pass, and checks it: `Pass`."""
 
@@ -54,7 +58,7 @@ class Chooser:
         """The fastest tiles, but the old ones if those are not clearly slower.
 
         Raises:
-            RuntimeError: All fail.
+            NoTiles: All fail.
         """
 
         def time(tiles: Tiles, trial: Tiles, limit: float) -> float:
@@ -65,7 +69,7 @@ class Chooser:
         new, new_time = fastest(routes, time)
         old_time = self._time(old, old, 0.0)
         if new_time == inf:
-            raise RuntimeError(f"{self._work}: all tiles fail: see the records")
+            raise NoTiles(f"{self._work}: all tiles fail: see the records")
         times: Record
         if new == old:
             times = {"old_us": old_time, "new_us": old_time}

@@ -26,7 +26,7 @@ from neighborhood_attention.backends.triton.tile import Tiles
 from neighborhood_attention.backends.triton.tile_table import KERNELS, PRECISIONS, from_record
 from neighborhood_attention.backends.triton.tiles import choose_tiles, tiles_by_rule
 from neighborhood_attention.tune.ahead import Ahead, Part
-from neighborhood_attention.tune.choice import Chooser, is_of
+from neighborhood_attention.tune.choice import Chooser, NoTiles, is_of
 from neighborhood_attention.tune.passes import Pass, Shape, Work
 from neighborhood_attention.tune.records import (
     Deadline,
@@ -57,13 +57,16 @@ def main(words: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     tile_table.save(table, arguments.table)  # now, if it cannot be written
+    failures: list[str] = []
     try:
-        tune(works, records, arguments.table, deadline)
+        failures = tune(works, records, arguments.table, deadline)
     except TimeoutError:
         print("time is over: run this again")
     finally:
         records.save()
         print(summary(records.choices))
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -126,8 +129,11 @@ def read_shapes(path: Path) -> list[Shape]:
     return shapes
 
 
-def tune(works: Sequence[Work], records: Records, path: Path, deadline: Deadline) -> None:
+def tune(works: Sequence[Work], records: Records, path: Path, deadline: Deadline) -> list[str]:
     """Choose the tiles that are not chosen yet, and write the table after each choice.
+
+    Returns:
+        What there is no choice for, since all tiles fail.
 
     Raises:
         TimeoutError: The deadline came first.
@@ -141,10 +147,16 @@ def tune(works: Sequence[Work], records: Records, path: Path, deadline: Deadline
             present = choose_tiles(problem, work.shape.window)
             routes[work] = find_routes(work, problem, present, processors)
     trials = [Part(work, tiles) for work in routes for way in routes[work] for tiles in way.trials]
+    failures = []
     with Ahead(trials) as ahead, progress(len(trials)) as advance:
         for work in routes:
-            choose(work, routes[work], records, ahead, deadline, advance)
-            tile_table.save(tile_table.table(), path)
+            try:
+                choose(work, routes[work], records, ahead, deadline, advance)
+            except NoTiles as failure:
+                failures.append(str(failure))
+            else:
+                tile_table.save(tile_table.table(), path)
+    return failures
 
 
 def choose(
@@ -155,9 +167,19 @@ def choose(
     deadline: Deadline,
     advance: Callable[[str], None],
 ) -> None:
-    """Choose the tiles of one pass."""
+    """Choose the tiles of one pass, and enter them into the table.
+
+    Raises:
+        NoTiles: All fail, or the forward does that a backward needs; the table is as before.
+        TimeoutError: The deadline came first.
+    """
     bench = Pass(work, "cuda")
-    bench.fill()
+    try:
+        bench.fill()
+    except Exception as failure:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # raises if the GPU is lost to this process
+        raise NoTiles(f"{work}: {type(failure).__name__}: {str(failure)[:200]}") from failure
 
     def wait(tiles: Tiles) -> None:
         if deadline.left < MARGIN:
@@ -165,11 +187,16 @@ def choose(
         ahead.wait(Part(work, tiles), deadline)
 
     table = tile_table.table()
-    before = table.get(bench.key, {})
+    before = table.get(bench.key)
     chooser = Chooser(work, bench, records, wait, advance)
-    tiles = chooser.choose(routes)
+    try:
+        tiles = chooser.choose(routes)
+    except NoTiles:
+        table.pop(bench.key, None)  # what was tried last
+        table.update({} if before is None else {bench.key: before})
+        raise
     entry = chooser.entry(tiles, tiles_by_rule(bench.problem, bench.window))
-    table[bench.key] = {**before, **entry}
+    table[bench.key] = {**(before or {}), **entry}
     torch.cuda.empty_cache()
 
 

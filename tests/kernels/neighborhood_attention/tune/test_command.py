@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 from neighborhood_attention.backends.triton import tile_table
+from neighborhood_attention.backends.triton.tiles import WHOLE_GROUP
+from neighborhood_attention.tune import command
 from neighborhood_attention.tune.command import main, parse, plan, read_shapes, summary
-from neighborhood_attention.tune.passes import Shape, Work
+from neighborhood_attention.tune.passes import Pass, Shape, Work
+from neighborhood_attention.tune.records import Deadline, Records
 
 KERNELS = Path(__file__).parents[4] / "kernels"
 
@@ -96,6 +101,43 @@ def test_the_summary_has_a_line_for_each_change():
         f"{title} - kept kept 50.0 50.0 0.0%",
         f"{title} forward - 1x4x8/1x2x16 w2 s2 wrong 50.0",
     ]
+
+
+class BrokenPass(Pass):
+    """None of its tiles works."""
+
+    def __init__(self, work, device):
+        super().__init__(work, "cpu")
+
+    def time(self, tiles, milliseconds=20):
+        self.use(tiles)
+        raise RuntimeError("out of resources")
+
+
+def test_a_pass_without_tiles_leaves_the_table_and_does_not_end_the_run(
+    problems, tmp_path, monkeypatch
+):
+    first, second = plan_words(problems, "--only", "7x7-k7", "d8x8", "--kernels", "forward")
+    processor, table = SimpleNamespace(multi_processor_count=132), dict(tile_table.table())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processor)
+    monkeypatch.setattr(command, "choose_tiles", lambda problem, window: WHOLE_GROUP)
+    monkeypatch.setattr(
+        command, "Ahead", lambda _: nullcontext(SimpleNamespace(wait=lambda *_: None))
+    )
+    monkeypatch.setattr(command, "Pass", BrokenPass)
+    monkeypatch.setattr(tile_table, "table", lambda: table)
+    before, records = dict(table), Records(tmp_path / "records.json", {})
+    failures = command.tune([first, second], records, tmp_path / "table.json", Deadline(100))
+    assert [text.split(": ")[0] for text in failures] == [str(first), str(second)]
+    assert table == before
+    found = len(records)
+    assert found > 2
+    unfilled = second._replace(kernels=("whole_group",))  # its forward cannot be launched here
+    works = [first, unfilled]
+    failures = command.tune(works, records, tmp_path / "table.json", Deadline(100))
+    assert [text.split(": ")[0] for text in failures] == [str(first), str(unfilled)]
+    assert (table, len(records)) == (before, found)
 
 
 def test_it_needs_a_gpu(problems, monkeypatch):
