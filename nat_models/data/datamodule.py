@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import InterpolationMode
 
-from nat_models.data.images import Batch, Complaints, DecodedDataset, DecodedStream, collate
+from nat_models.data.images import (
+    MAX_TRIES,
+    Batch,
+    Complaints,
+    DecodedDataset,
+    DecodedStream,
+    collate,
+)
 from nat_models.data.prefetch import DevicePrefetcher
 from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
 from nat_models.data.sources import class_indices, count, num_classes, open_dataset
@@ -252,13 +259,19 @@ class ImageDataModule(LightningDataModule):
         """Check the batch, and seed what follows in a training step: erasing, mixup, dropout.
 
         Raises:
-            RunStopped: An image cannot be read, or a label is not one of the model's classes.
+            RunStopped: An image cannot be read, in training too many in a row although they are to
+                be skipped, or a label is not one of the model's classes.
         """
         assert self.trainer is not None
         images, targets, errors, self.indices = batch
         self.complaints(errors)
         self._check_labels(targets)
         if self.trainer.training:
+            if len(targets) < self.settings.batch_size:
+                raise RunStopped(
+                    f"data.name={self.settings.name}: {MAX_TRIES} images in a row cannot be read, "
+                    f"the last {errors[-1]}"
+                )
             batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
             place = (self.trainer.current_epoch, batches, self.trainer.global_rank)
             seed_rngs(self.settings.seed, *place)

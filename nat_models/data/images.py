@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]
 # Image, class, what went wrong (it travels to the first process), and the index.
 Sample = tuple[Tensor | None, int, list[str], int]
-BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 ON_ERROR = ("raise", "skip")
 MAX_TRIES = 10
 
@@ -71,7 +70,7 @@ class DecodedDataset(Dataset[Any]):
             try:
                 image, target = self.source[index]
                 picture = decode(image, self.mode)
-            except BROKEN as error:
+            except Exception as error:  # decoders fail in many ways
                 errors.append(f"{self._name(index)}: {error}")
                 index = (index + 1) % len(self)
             else:

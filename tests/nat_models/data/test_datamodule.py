@@ -190,6 +190,16 @@ def test_a_broken_image_is_left_out_and_counted(image_folder):
     assert data.complaints.count == 1
 
 
+def test_training_ends_where_too_many_images_in_a_row_are_broken(image_folder):
+    for path in (image_folder / "train").glob("*/*.png"):
+        path.write_bytes(b"")
+    options = {"batch_size": 4, "on_error": "skip", "augment": {"no_aug": True}}
+    data = ImageDataModule("folder", str(image_folder), **options)
+    attached(data, model_of((3, 16, 16), classes=3))
+    with pytest.raises(RunStopped, match=r"10 images in a row cannot be read, the last .*\.png: "):
+        on_device(data, next(iter(data.train_dataloader())))
+
+
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_label_out_of_range_is_named(image_folder, label):
     data = ImageDataModule("folder", str(image_folder))

@@ -69,6 +69,15 @@ def test_in_training_the_next_image_takes_the_place_of_a_broken_one():
     assert "truncated" in errors[0]
 
 
+def test_whatever_a_damaged_file_makes_a_decoder_raise_is_a_broken_image():
+    file = bytearray(encoded(Image.fromarray(GREY).convert("1"), "TIFF"))
+    file[file.index(b"\x11\x01\x04\x00") + 2] = 7  # where its pixels are: bytes, no integer
+    with pytest.raises(TypeError):
+        decode(bytes(file), "L")
+    data = DecodedDataset([(bytes(file), 0)], pixels, "L", training=False)
+    assert data[0][:2] == (None, -1)
+
+
 def test_in_evaluation_nothing_does():
     data = DecodedDataset(files(), pixels, "RGB", training=False)
     images, targets, errors, indices = collate([data[i] for i in range(5)])
