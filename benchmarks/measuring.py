@@ -115,6 +115,7 @@ class Results:
 
     def __init__(self, path: Path, description: Record, identity: Sequence[str]) -> None:
         self._path, self._identity = path, identity
+        self._run = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         before = json.loads(path.read_text()) if path.exists() else {"results": []}
         for name in ("device", "versions"):
             if name in before and before[name] != description[name]:
@@ -141,8 +142,8 @@ class Results:
         return self._records.get(self._key(record))
 
     def add(self, record: Record) -> None:
-        """Take a measurement, and write the file."""
-        stamp = {"commit": self.content["commit"], "date": self.content["date"]}
+        """Take a measurement, and write the file; `run` is when this run began."""
+        stamp = {"commit": self.content["commit"], "date": self.content["date"], "run": self._run}
         self._set(record | stamp)
         self.save()
 

@@ -1,11 +1,12 @@
 """Tables and pictures of whole models, from the results of models.py."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measuring import Record, markdown_table
+from models import TINY
 
 from nat_models.verify_weights import PUBLISHED_TOP1
 
@@ -63,24 +64,39 @@ def everything(result: Record) -> str:
     return markdown_table(head, [_row(r) for r in result["results"]])
 
 
-def summary(result: Record) -> str:
-    """At 224 pixels, a column a model: speed under each condition, and memory of the compiled."""
+def summary(result: Record, models: Sequence[str] = TINY) -> str:
+    """Speed at 224 pixels and memory of the compiled, a column a model, and what there is not.
+
+    Each row is a condition that was measured for ours and for a peer, if any peer was.
+    """
     records = [
         r
-        for r in _ok(result)
-        if r.get("attention_backend") in (None, "fused") and r["input_size"][-1] == 224
+        for r in result["results"]
+        if r["model"] in models
+        and r["execution"] != "captured"
+        and r.get("attention_backend") in (None, "fused")
+        and r["input_size"][-1] == 224
     ]
     records.sort(key=lambda r: (r["pass"], -r["batch_size"]))
     conditions: dict[tuple[Any, ...], dict[str, Record]] = {}
     for r in records:
         condition = r["pass"], r["execution"], r["precision"], r["batch_size"]
         conditions.setdefault(condition, {})[r["model"]] = r
-    models = sorted({r["model"] for r in records}, key=lambda m: (m not in PUBLISHED_TOP1, m))
+    shown = sorted({r["model"] for r in records}, key=lambda m: (m not in PUBLISHED_TOP1, m))
+    if any(model in PEERS_TOP1 for model in shown):
+        conditions = {c: found for c, found in conditions.items() if set(found) & set(PEERS_TOP1)}
 
     def row(label: str, value: Callable[[Record], str], found: dict[str, Record]) -> list[str]:
-        return [label, *(value(found[m]) if m in found else "-" for m in models)]
+        mark = " \\*" if len({*map(_run, found.values())}) > 1 else ""
+        cells = [
+            "-" if m not in found
+            else value(found[m]) if found[m]["status"] == "ok"
+            else found[m]["status"].partition(":")[0]
+            for m in shown
+        ]  # fmt: skip
+        return [label + mark, *cells]
 
-    rows = [["top-1, %", *(TOP1.get(m, "-") for m in models)]]
+    rows = [["top-1, %", *(TOP1.get(m, "-") for m in shown)]]
     for (kind, execution, precision, batch_size), found in conditions.items():
         label = _condition(kind, execution, precision, batch_size)
         if batch_size == 1:
@@ -89,7 +105,25 @@ def summary(result: Record) -> str:
         rows.append(row(f"{label}: img/s", lambda r: f"{r['images_per_second']:,.0f}", found))
         if execution == "compiled":
             rows.append(row(f"{label}: peak GiB", _gib, found))
-    return markdown_table(["", *(f"`{m}`" for m in models)], rows)
+    notes = [_runs(conditions.values())] if conditions else []
+    if missing := [f"`{model}`" for model in models if model not in shown]:
+        notes.append(f"Not measured: {', '.join(missing)}.")
+    return "\n\n".join([markdown_table(["", *(f"`{m}`" for m in shown)], rows), *notes])
+
+
+def _run(record: Record) -> tuple[Any, ...]:
+    """What tells runs apart."""
+    return record.get("run"), record.get("date"), record.get("commit")
+
+
+def _runs(rows: Iterable[dict[str, Record]]) -> str:
+    """What was measured in one run."""
+    runs = [{*map(_run, found.values())} for found in rows]
+    if len(set().union(*runs)) == 1:
+        return "All in one run."
+    if max(map(len, runs)) == 1:
+        return "Each row in one run."
+    return "\\*: of several runs; each other row in one."
 
 
 def figures(result: Record) -> dict[str, Figure]:
@@ -103,7 +137,7 @@ def figures(result: Record) -> dict[str, Figure]:
 
 
 def accuracy_throughput(result: Record) -> Figure | None:
-    """Published accuracy over the images a second of each model's fastest execution."""
+    """Published accuracy over the images a second of each model's fastest execution, with peers."""
     records = [
         r
         for r in _ok(result)
@@ -111,8 +145,8 @@ def accuracy_throughput(result: Record) -> Figure | None:
         and r["batch_size"] > 1
         and r.get("attention_backend") in (None, "fused")
     ]
-    if all(r["model"] in PUBLISHED_TOP1 for r in records):  # no comparison
-        return None
+    compared = {(r["pass"], r["precision"]) for r in records if r["model"] in PEERS_TOP1}
+    records = [r for r in records if (r["pass"], r["precision"]) in compared]
     figure, panels = _panels(records, lambda r: (r["pass"], r["precision"]))
     for (kind, precision), axes, found in panels:
         fastest: dict[str, Record] = {}
@@ -126,7 +160,8 @@ def accuracy_throughput(result: Record) -> Figure | None:
             )
             [point] = axes.plot(r["images_per_second"], TOP1[model], "o", color=COLORS[ours])
             point.set_gid(f"tip:{tip}")
-            name = model.split("_patch")[0].split(".")[0]
+            name, side = model.split("_patch")[0].split(".")[0], str(r["input_size"][-1])
+            name += "" if side == "224" or side in name else f" {side}"
             axes.annotate(
                 name, (r["images_per_second"], TOP1[model]), xytext=(0, 7), ha="center",
                 textcoords="offset points", fontsize=9, color=COLORS[ours],

@@ -45,7 +45,7 @@ def kernels(result: Result) -> str:
         [
             f"{r['map'][0]}x{r['map'][1]}, {r['heads']} heads"
             + (f", dilation {r['dilation']}" if r["dilation"] > 1 else ""),
-            *(_over_floor(r, name) for name in ("forward", "backward")),
+            *(operator.over_floor(r, name) for name in ("forward", "backward")),
         ]
         for r in result["results"]
         if r["dtype"] == "bfloat16" and r["provider"] == "fused" and r["main"]
@@ -63,7 +63,7 @@ def kernels(result: Result) -> str:
 def models(result: Result) -> str:
     """Speed of models."""
     caption = (
-        f"{_source(result)}; 224 pixels, channels_last, random images and weights, all in one run. "
+        f"{_source(result)}; 224 pixels, channels_last, random images and weights. "
         "`bfloat16` is autocast, `bfloat16-true` has weights of that type. Accuracies are the "
         "authors'. `make report` makes a page of all cases."
     )
@@ -163,11 +163,6 @@ def main() -> int:
     index.write_text(page("nat-models: measured", sections(RESULTS, arguments.folder)))
     print(f"README.md, {PICTURE.relative_to(ROOT)}, {index}")
     return 0
-
-
-def _over_floor(result: Result, name: str) -> str:
-    time, floor = result[f"{name}_us"], result[f"{name}_floor_us"]
-    return f"{time:.0f} ({time / floor:.1f}x)"
 
 
 def _source(result: Result) -> str:

@@ -59,22 +59,60 @@ def test_the_summary_has_a_column_a_model_ours_first():
     single = record("nat_tiny", 800, "fused", execution="cuda_graphs", batch_size=1)
     others = record("convnext_tiny", 2000), record("nat_tiny", 9999, "naive")
     larger = record("nat_tiny", 1000, "fused", side=384)
-    table = model_report.summary(result(*others, record("nat_tiny", 3000, "fused"), larger, single))
+    captured = record("nat_tiny", 7000, "fused", execution="captured")
+    records = *others, record("nat_tiny", 3000, "fused"), larger, single, captured
+    records = *records, record("convnext_tiny", 900, execution="cuda_graphs", batch_size=1)
+    records = *records, record("nat_tiny", 5, "fused", batch_size=64), record("nat_base", 1)
+    table, runs, missing = model_report.summary(result(*records)).split("\n\n")
     head, _, top1, *rows = table.split("\n")
     assert head == "|  | `nat_tiny` | `convnext_tiny` |"
     assert top1 == "| top-1, % | 83.2 | 82.1 |"
     assert rows == [
         "| inference, compiled, bfloat16, batch 128: img/s | 3,000 | 2,000 |",
         "| inference, compiled, bfloat16, batch 128: peak GiB | 2.0 | 2.0 |",
-        "| inference, compiled, CUDA graphs, bfloat16, batch 1: ms | 1.25 | - |",
+        "| inference, compiled, CUDA graphs, bfloat16, batch 1: ms | 1.25 | 1.25 |",
     ]
+    assert runs == "All in one run."
+    assert missing == "Not measured: `dinat_tiny`, `swin_tiny_patch4_window7_224`."
+
+
+def test_figures_of_several_runs_are_marked():
+    ours, peer = record("nat_tiny", 2, "fused"), record("convnext_tiny", 1)
+    eager = [record(m, 1, execution="eager") for m in ("nat_tiny", "convnext_tiny")]
+    first, second = {"run": "10:00", "commit": "a"}, {"run": "11:00", "commit": "a"}
+    later = [r | second for r in eager]
+    text = model_report.summary(result(ours | first, peer | first, *later))
+    assert "*" not in text
+    assert "Each row in one run." in text
+    text = model_report.summary(result(ours | first, peer | second, *later))
+    assert "| inference, compiled, bfloat16, batch 128: img/s \\* | 2 | 1 |" in text
+    assert "| inference, eager, bfloat16, batch 128: img/s | 1 | 1 |" in text
+    assert "\\*: of several runs" in text
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([], "Not measured: `nat_tiny`, `dinat_tiny`"),
+        ([record("nat_tiny", 1, "fused")], "batch 128: img/s | 1 |"),
+        ([record("swin_tiny_patch4_window7_224", 1) | {"status": "out of memory"}],
+         "batch 128: peak GiB | out of memory |"),
+        ([record("dinat_tiny", 1, "fused") | {"status": "failed: RuntimeError: why"}],
+         "batch 128: img/s | failed |"),
+    ],
+    ids=["nothing", "no peers", "out of memory", "failed"],
+)  # fmt: skip
+def test_what_is_missing_is_said(records, expected):
+    assert expected in model_report.summary(result(*records))
+    model_report.figures(result(*records))
 
 
 def test_the_fastest_execution_stands_for_a_model():
     slow = record("nat_tiny", 1000, "fused", execution="eager")
     records = slow, record("nat_tiny", 3000, "fused"), record("convnext_tiny", 2000)
+    records = *records, record("nat_tiny", 9, "fused", kind="training")
     figure = model_report.accuracy_throughput(result(*records))
-    [axes] = figure.axes
+    [axes] = figure.axes  # none of what no peer was measured in
     points = {tuple(line.get_xydata()[0]) for line in axes.lines}
     assert points == {(3000, 83.2), (2000, 82.1)}
     assert sorted(texts(figure)) == ["convnext_tiny", "nat_tiny"]
