@@ -74,7 +74,7 @@ class Settings:
         values["device"] = _device(values["device"])
         on_gpu = values["device"].startswith("cuda")
         if values["execution"] == "auto":
-            values["execution"] = ["eager", "compiled"] if on_gpu else ["eager"]
+            values["execution"] = ["eager", "compiled", "cuda_graphs"] if on_gpu else ["eager"]
         if values["precision"] == "auto":
             values["precision"] = "bfloat16" if on_gpu else "float32"
         for key in ("models", "passes", "execution", "batch_size"):

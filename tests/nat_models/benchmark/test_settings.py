@@ -8,11 +8,11 @@ def test_auto_on_the_cpu_means_eager_float32(settings_with):
     assert settings.precision == "float32"
 
 
-@pytest.mark.gpu
-def test_auto_on_a_gpu_means_eager_and_compiled_bfloat16(settings_with):
+def test_auto_on_a_gpu_means_all_but_captured_in_bfloat16(settings_with, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = settings_with("device=auto")
     assert settings.device == "cuda"
-    assert settings.execution == ["eager", "compiled"]
+    assert settings.execution == ["eager", "compiled", "cuda_graphs"]
     assert settings.precision == "bfloat16"
 
 
