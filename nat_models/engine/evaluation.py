@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig
+from timm.models import get_model_traits
 
 from nat_models.data import ImageDataModule
 from nat_models.engine import facts
@@ -62,17 +63,22 @@ def evaluate(cfg: DictConfig) -> Any:
         _log.info("%-10s %s", name, value)
     name = cfg.ckpt or given["name"]
     results = []
-    for size in cfg.sizes or [data.config["input_size"][-1]]:
+    model = module.model
+    own_size, own_weights = get_model_traits(model).get("img_size"), model.state_dict()
+    for size in cfg.sizes or [None]:
         with bad_input():
-            data.resize(size, module.model)
+            if size is not None:
+                _adapt(model, own_size, own_weights, size)
+                data.resize(size, model)
         data.complaints.count = 0
         with faults_of_the_machine():
             [metrics] = trainer.validate(module, data, verbose=False)
         if cfg.real_labels:
             metrics = {**metrics, **real_accuracy(predictions.table(), data)}
         unreadable = _over_processes(trainer, data.complaints.count)
-        results.append({"model": name, "size": size, "unreadable": unreadable, **metrics})
-        _log.info("%s  %d pixels  %s", accuracy(metrics), size, name)
+        side = data.config["input_size"][-1]
+        results.append({"model": name, "size": side, "unreadable": unreadable, **metrics})
+        _log.info("%s  %d pixels  %s", accuracy(metrics), side, name)
         if unreadable:
             _log.warning("%d images could not be read and are not counted", unreadable)
     if output is not None and trainer.is_global_zero:
@@ -92,6 +98,18 @@ def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataMo
             "checkpoint that knows its own (ckpt=PATH)"
         )
     return trained.data({k: v for k, v in plain(cfg.data).items() if v is not None})
+
+
+def _adapt(model: Any, own_size: Any, weights: dict[str, Any], size: int) -> None:
+    """Let a model that is made for one size take another, each time from its own weights."""
+    if not get_model_traits(model).get("fixed_input_size"):
+        return
+    try:
+        model.set_input_size(own_size)
+        model.load_state_dict(weights)
+        model.set_input_size((size, size))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"sizes={size}: {type(model).__name__} takes {own_size} alone") from error
 
 
 def _over_processes(trainer: Trainer, count: int) -> int:

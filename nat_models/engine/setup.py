@@ -10,6 +10,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from timm.models import get_model_traits
 
 from nat_models.data import ImageDataModule
 from nat_models.engine.averaging import EMA
@@ -105,7 +106,7 @@ def set_up_torch(cfg: DictConfig) -> None:
 
 
 def check_fits(data: ImageDataModule, module: Classifier) -> None:
-    """The data must have the model's classes and channels."""
+    """The data must have the model's classes, channels and, if it takes no other, size."""
     classes, outputs = data.num_classes, module.num_classes
     # With a class map the data may show a part of the model's classes.
     fits = classes is None or classes == outputs or (data.settings.class_map and classes < outputs)
@@ -113,6 +114,13 @@ def check_fits(data: ImageDataModule, module: Classifier) -> None:
         raise ValueError(
             f"data.name={data.settings.name}: has {classes} classes, the model has {outputs}; "
             "set model.num_classes; for a part of its classes valid_labels or data.class_map"
+        )
+    traits = get_model_traits(module.model)
+    side = data.config["input_size"][1:]
+    if traits.get("fixed_input_size") and traits["img_size"] != tuple(side):
+        raise ValueError(
+            f"data.input_size={list(data.config['input_size'])}: the model takes images of "
+            f"{traits['img_size']} alone; set +model.img_size"
         )
     channels, taken = data.config["input_size"][0], getattr(module.model, "in_chans", None)
     if taken not in (None, channels):

@@ -60,3 +60,9 @@ def test_a_recipe_is_the_published_one(compose, experiment, expected):
             "switch_prob": 0.5,
         }
         assert cfg.optimizer.lr == 1e-3
+
+
+def test_the_large_models_rate_is_constant_or_falls_in_a_line(compose):
+    recipe = ["experiment=dinat_large_in1k", "data.root=x"]
+    assert compose("train", *recipe).scheduler.sched == "none"
+    assert compose("train", *recipe, "scheduler=linear").scheduler.sched == "poly"

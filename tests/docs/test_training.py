@@ -45,10 +45,3 @@ def test_the_page_names_files_and_groups_that_are_there():
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     kinds = {path.stem for path in Path(config_dir(), "data").glob("*.yaml")}
     assert named == kinds - {"default", "as_trained"}
-
-
-def test_what_the_page_says_of_the_large_models_schedule_is_what_the_recipes_do(compose):
-    assert "left the learning rate constant.\n  So do the recipes; `scheduler=linear`" in PAGE
-    recipe = ["experiment=dinat_large_in1k", "data.root=x"]
-    assert compose("train", *recipe).scheduler.sched == "none"
-    assert compose("train", *recipe, "scheduler=linear").scheduler.sched == "poly"

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from nat_models.engine.evaluation import evaluate
+from nat_models.engine.module import Classifier
 from nat_models.errors import ConfigError
 
 MODEL = [
@@ -65,6 +66,32 @@ def test_results_predictions_and_report_agree(compose, folder, tmp_path):
     hits = sum(int(row["images"]) * float(row["top1"]) for row in classes.values())
     assert hits == pytest.approx(sum(right), abs=1e-3)
     assert min(Image.open(out / "confusion.png").size) > 300
+
+
+def test_a_model_for_one_size_takes_each_from_its_own_weights(compose, folder, tmp_path):
+    small = ["+model.embed_dim=32", "+model.depth=1", "+model.num_heads=1", "model.num_classes=3"]
+    more = [*small, "model.name=vitrpb_small", "sizes=[32,16,32]", f"output={tmp_path}/out"]
+    evaluate(compose("eval", *options(folder, *more)))
+    first, other, again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert first == again != other
+
+
+def test_a_model_that_takes_one_size_alone_is_named(compose, folder):
+    fixed = ["model.name=mixer_s32_224", "model.num_classes=3", "sizes=[64]"]
+    chosen = [o for o in options(folder, *fixed) if "img_size" not in o]
+    with pytest.raises(ConfigError, match=r"sizes=64: MlpMixer takes \(224, 224\) alone"):
+        evaluate(compose("eval", *chosen))
+
+
+def test_images_need_not_be_square(compose, folder, monkeypatch):
+    shapes, original = set(), Classifier.forward
+    monkeypatch.setattr(
+        Classifier, "forward", lambda self, x: (shapes.add(x.shape[1:]), original(self, x))[1]
+    )
+    more = ["model.name=nat_demo", "+model.in_chans=3", "data.input_size=[3,32,48]"]
+    chosen = [o for o in options(folder, *more, "model.num_classes=3") if "img_size" not in o]
+    evaluate(compose("eval", *chosen))
+    assert shapes == {(3, 32, 48)}
 
 
 def test_a_part_of_the_classes_and_the_reassessed_labels(compose, folder, tmp_path):

@@ -61,6 +61,10 @@ def checkpoint(tmp_path_factory) -> Path:
         (["data.interpolation=foo"], r"data\.interpolation=foo: expected one of .*bicubic"),
         (["data.input_size=32"], r"data\.input_size=32: expected \[channels, height, width\]"),
         (["data.input_size=[1,32,32]"], r"data\.input_size=\[1, 32, 32\]: the model takes 3"),
+        (
+            ["model.name=vitrpb_small", "data.input_size=[3,48,48]"],
+            r"data\.input_size=\[3, 48, 48\]: the model takes images of \(32, 32\) alone",
+        ),
         (["data.name=tfds/x"], r"data\.name='tfds/x': tfds is not supported"),
         (["model.pretrained=true"], r"model\.pretrained=true: no weights for test_vit"),
         (["seed=-1"], r"seed=-1: expected an integer from 0"),
