@@ -26,7 +26,7 @@ from neighborhood_attention.tune.ahead import Ahead
 from neighborhood_attention.tune.records import Deadline
 
 # Of peers with more elements, one is run at a time.
-LARGE_ELEMENTS = 2**26
+LARGE_ELEMENTS = 2**28
 LOCK = Path(tempfile.gettempdir(), "nat-models-large-peer.lock")
 
 

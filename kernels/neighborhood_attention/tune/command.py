@@ -10,7 +10,8 @@ command.
 A time is that of a whole pass with its bias, a CUDA graph replayed with a cold L2 cache: the median
 in microseconds. It counts only after the results of the first and the last image agreed with fp64.
 A kernel's tiles are chosen after those before it; the old tiles stay unless the new ones gain more
-than 2 % and more than the times spread, measured once more, side by side.
+than 2 % and more than the times spread, measured once more, side by side. A pass whose tiles all
+fail is named at the end.
 """
 
 import argparse

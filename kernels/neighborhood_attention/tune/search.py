@@ -69,20 +69,25 @@ def fastest(
 ) -> tuple[Tiles, float]:
     """The fastest tiles and their time: a kernel after the other, the best of each kept.
 
+    A kernel of several routes is settled by the first: its neighbors do not change its time.
+
     Args:
         routes: Where to start, and what to try.
         time: The time of a pass, infinite for wrong results. It gets the tiles, the one of the
             route's `trials` with the new kernel, and the time below which results must be right.
     """
     found = []
+    settled: dict[str, Tile] = {}
     for route in routes:
         best, tiles = time(route.start, route.start, inf), route.start
         for kernel, options in route.options.items():
-            for tile in options:
+            for tile in [settled[kernel]] if kernel in settled else options:
                 trial = replace(tiles, **{kernel: tile})
                 needed = time(trial, replace(route.start, **{kernel: tile}), best)
                 if needed < best:
                     best, tiles = needed, trial
+            if best < inf:
+                settled[kernel] = getattr(tiles, kernel)
         found.append((tiles, best))
     return min(found, key=lambda pair: pair[1])
 

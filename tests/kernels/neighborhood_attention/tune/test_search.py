@@ -48,6 +48,21 @@ def test_a_time_is_asked_for_with_the_trial_that_was_compiled_and_the_best_so_fa
     assert [limit for _, limit in asked] == [inf, 19, 18, 17]
 
 
+def test_a_kernel_of_two_routes_is_searched_once():
+    asked = []
+
+    def time(tiles, trial, limit):
+        asked.append(tiles.key_gradient)
+        return 100.0 - tiles.key_gradient.num_warps - tiles.forward.num_warps
+
+    options = {"forward": [tile(2)], "key_gradient": [tile(4), tile(8), tile(2)]}
+    other = Route(replace(WINDOWED, forward=tile(16)), {"key_gradient": options["key_gradient"]})
+    found, _ = fastest([Route(WINDOWED, options), other], time)
+    assert found == replace(other.start, key_gradient=tile(8))
+    assert asked[-2:] == [WINDOWED.key_gradient, tile(8)]
+    assert len(asked) == 2 + 3 + 2
+
+
 def test_the_faster_route_wins_and_failures_lose():
     other = replace(WINDOWED, query_bias_gradient=None)
     times = {id(WINDOWED): inf, id(other): 7.0}
