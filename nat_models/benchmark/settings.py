@@ -1,18 +1,17 @@
 """What nat-bench measures, checked before any work."""
 
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 import nat_models
 from nat_models.benchmark.case import EXECUTIONS, PRECISIONS, Case
 from nat_models.benchmark.measure import Sampling
+from nat_models.names import check_model_name
 from neighborhood_attention import list_backends, resolve_backend
 
 CHOICES = {
@@ -113,9 +112,7 @@ def attention_backend(name: str, wanted: str | None, device: str) -> str | None:
 def check_models(names: list[str]) -> None:
     """Each must be a name that timm knows."""
     for name in names:
-        if not timm.is_model(name):
-            close = get_close_matches(name, timm.list_models())
-            raise ValueError(f"models={name}: timm knows no such model; close: {close}")
+        check_model_name("models", name)
 
 
 def _values(settings: Settings, key: str) -> list[Any]:

@@ -1,12 +1,12 @@
 """Models by name, and switches that change how they are trained."""
 
-import difflib
 from typing import Any
 
 import timm
 from torch import nn
 
 import nat_models  # noqa: F401 - registers the models
+from nat_models.names import check_model_name
 from neighborhood_attention import NeighborhoodAttention2D, list_backends
 
 
@@ -37,7 +37,7 @@ def build_model(
         raise ValueError(
             "model.name is not set: expected the name of a timm model, such as nat_tiny"
         )
-    check_name("name", name)
+    check_model_name("model.name", name)
     if attention_backend is not None and attention_backend not in list_backends():
         raise ValueError(
             f"model.attention_backend={attention_backend}: expected one of {list_backends()}"
@@ -70,17 +70,9 @@ def build_model(
     return model
 
 
-def check_name(key: str, name: str) -> None:
-    """Raise ValueError if timm has no model of that name; `key` is that of the configuration."""
-    if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"model.{key}={name}: timm has no such model{hint}")
-
-
 def _weights(name: str) -> dict[str, Any]:
     """Where a model's weights are, as timm keeps it."""
-    check_name("weights_of", name)
+    check_model_name("model.weights_of", name)
     source: Any = timm.get_pretrained_cfg(name)
     if source is None or not source.has_weights:
         raise ValueError(f"model.weights_of={name}: timm knows no weights of it")

@@ -49,7 +49,7 @@ def test_model_name_is_the_default_of_models(settings_with):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("models=[resnet18,nat_minni]", "models=nat_minni: .*'nat_mini'"),
+        ("models=[resnet18,nat_minni]", "models=nat_minni: .*did you mean nat_mini or"),
         ("models=[]", r"models=\[\]"),
         ("passes=[train]", "passes=train: .*'training'"),
         ("execution=fast", "execution=fast: .*'compiled'"),
