@@ -126,9 +126,9 @@ PRESETS = {
              (*GENERATIONS, "flex", "natten")),
     ],
     "paper": [
-        *_paper(128, (13, 13, 6), passes=INFERENCE, precisions=("float16-true",)),
+        *_paper(128, (15, 15, 6), passes=INFERENCE, precisions=("float16-true",)),
         *_paper(64, (9, 3, 3), passes=TRAINING, profile=False),
-        *_paper(128, (13, 13, 6), passes=INFERENCE, precisions=("tf32",), profile=False),
+        *_paper(128, (15, 15, 6), passes=INFERENCE, precisions=("tf32",), profile=False),
     ],
 }  # fmt: skip
 

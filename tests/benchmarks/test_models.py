@@ -119,7 +119,7 @@ def test_the_papers_models_take_few_groups():
     assert len(chosen.cases) == 135
     assert len(groups) <= 18
     for group in groups:  # the three generations of a model are timed in turns
-        assert len({case.model for case in group}) * 3 <= len(group) + 4
+        assert len({case.model for case in group}) * 3 == len(group)
 
 
 def test_mfu_is_the_fraction_of_the_data_sheets_rate():
