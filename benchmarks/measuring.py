@@ -107,14 +107,17 @@ class Results:
     """A JSON file: a description, and a list of records that grows from run to run.
 
     Records that agree in the fields of `identity` are of the same measurement: the later replaces
-    the earlier. A file goes on only on the same kind of machine with the same software.
+    the earlier. A file goes on only on the same kind of machine with the same software. It has
+    `digits` of a float, by default more than a measurement of time has.
 
     Raises:
         ValueError: The file was made by another device or other versions.
     """
 
-    def __init__(self, path: Path, description: Record, identity: Sequence[str]) -> None:
-        self._path, self._identity = path, identity
+    def __init__(
+        self, path: Path, description: Record, identity: Sequence[str], digits: int = 4
+    ) -> None:
+        self._path, self._identity, self._digits = path, identity, digits
         self._run = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         before = json.loads(path.read_text()) if path.exists() else {"results": []}
         for name in ("device", "versions"):
@@ -150,7 +153,7 @@ class Results:
     def _set(self, record: Record) -> None:
         key = self._key(record)
         self._records[key] = record
-        self._rows[key] = f"  {json.dumps(_rounded(record))}"
+        self._rows[key] = f"  {json.dumps(_rounded(record, self._digits))}"
 
     def save(self) -> None:
         """Write the file, one record a line; never half of it."""
@@ -161,13 +164,15 @@ class Results:
         os.replace(temporary, self._path)
 
 
-def _rounded(value: Any) -> Any:
-    """With four digits to a float, more than a measurement has."""
+def _rounded(value: Any, digits: int) -> Any:
+    """With so many significant digits to a float."""
     if isinstance(value, float):
-        return float(f"{value:.4g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {name: _rounded(entry) for name, entry in value.items()}
-    return [_rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {name: _rounded(entry, digits) for name, entry in value.items()}
+    return (
+        [_rounded(entry, digits) for entry in value] if isinstance(value, list | tuple) else value
+    )
 
 
 def today() -> str:

@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -39,7 +38,7 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from measuring import Record
+from measuring import Record, Results, today
 from omegaconf import DictConfig
 
 from nat_models.cli import config_dir
@@ -59,35 +58,29 @@ COMMON += ["trainer.num_nodes=1", "scheduler.cooldown_epochs=0"]
 def main() -> int:
     """Measure what is missing, write OUTPUT.json and OUTPUT.png, print the table."""
     arguments = parse()
-    output: Path = arguments.output
-    report = json.loads(output.read_text()) if output.exists() else {"results": []}
-    done = [condition(record) for record in report["results"]]
-    wanted = [each for each in conditions(arguments) if each not in done]
+    description = {**machine(), "commit": arguments.commit, "date": today()}
+    # Losses are compared to 1e-3 and less.
+    results = Results(arguments.output, description, ["case"], digits=8)
+    wanted = [case for case in cases(arguments) if results.find({"case": case}) is None]
     deadline, longest, failed = Deadline(arguments.limit_seconds), 0.0, 0
-    for number, each in enumerate(wanted):
+    for number, case in enumerate(wanted):
         if deadline.left < longest:
             print(f"no time for {len(wanted) - number} of {len(wanted)}; start again to go on")
             break
-        print(json.dumps(each), flush=True)
+        print(json.dumps(case), flush=True)
         begin = time.monotonic()
         try:
-            result = measure(each, arguments, deadline.left)
+            results.add({"case": case, **measure(case, deadline.left)})
         except RuntimeError as error:  # the others may still run
             print(f"failed: {error}", flush=True)
             failed += 1
             continue
         longest = max(longest, time.monotonic() - begin)
-        now = result.pop("machine")
-        for name in ("device", "versions"):
-            if report.get(name, now[name]) != now[name]:
-                raise ValueError(f"{output}: {name} {report[name]}, but this is {now[name]}")
-        report |= {"commit": arguments.commit, **now}
-        report["results"].append({**each, **result})
-        output.write_text(json.dumps(report, indent=1) + "\n")
-    if report["results"]:
+    if results.records:
+        report = results.content | {"results": results.records}
         print(scaling_report.tables(report))
         for figure in scaling_report.figures(report).values():
-            figure.savefig(output.with_suffix(".png"))
+            figure.savefig(arguments.output.with_suffix(".png"))
     return int(failed > 0)
 
 
@@ -124,63 +117,64 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def conditions(arguments: argparse.Namespace) -> list[Record]:
-    """All that is asked for, in the order of the work."""
+def cases(arguments: argparse.Namespace) -> list[Record]:
+    """All that is asked for, with every option that its result depends on, in the order of work."""
     several = [gpus for gpus in arguments.gpus if gpus > 1]
+    common = {"size": arguments.size, "set": arguments.overrides}
     wanted: list[Record] = []
     if "throughput" in arguments.parts:
         ways = [(1, "auto"), *((n, strategy) for n in several for strategy in arguments.strategies)]
+        length = {"batch": arguments.batch, "rounds": arguments.rounds}
+        length["round_steps"] = arguments.round_steps
         wanted += [
             {"part": "throughput", "model": model, "gpus": n, "strategy": strategy, "turn": turn}
+            | length
+            | common
             for turn in range(arguments.repeats)
             for model in arguments.models
             for n, strategy in ways
         ]
+    steps = {"global_batch": arguments.global_batch, "steps": arguments.steps, **common}
     if {"loss", "resume"} & set(arguments.parts):  # a resumed run is compared with a whole one
         ways = [(1, "auto", 1), *((1, "auto", n) for n in several)]
         ways += [(n, strategy, 1) for n in several for strategy in arguments.strategies]
         wanted += [
             {"part": "loss", "gpus": n, "strategy": strategy, "micro_batches": micro}
-            | {"precision": precision}
+            | {"precision": precision, **steps}
             for precision in arguments.precisions
             for n, strategy, micro in ways
         ]
     if "resume" in arguments.parts:
-        wanted += [{"part": "resume", "gpus": n, "onto": 2 if n > 2 else 1} for n in several]
+        wanted += [
+            {"part": "resume", "gpus": n, "onto": 2 if n > 2 else 1, "strategy": "fsdp2"}
+            | {"micro_batches": 1, "precision": "32-true", **steps}
+            for n in several
+        ]
     return wanted
 
 
-def condition(record: Record) -> Record:
-    """What was asked for, of a record of what was measured."""
-    keys = ("part", "model", "gpus", "strategy", "turn", "micro_batches", "precision", "onto")
-    return {key: record[key] for key in keys if key in record}
-
-
-def measure(each: Record, arguments: argparse.Namespace, seconds: float) -> Record:
-    """Run one condition.
+def measure(case: Record, seconds: float) -> Record:
+    """Run one case.
 
     Raises:
         RuntimeError: A process failed, or they took more than so many seconds.
     """
     folder = Path(tempfile.mkdtemp())
-    settings = {**vars(arguments), "folder": str(folder)}
     try:
-        if each["part"] == "throughput":
-            return launch(time_steps, each, settings, each["gpus"], seconds)
-        if each["part"] == "loss":
-            return launch(note_losses, each, settings, each["gpus"], seconds)
-        half = {**each, "strategy": "fsdp2", "micro_batches": 1, "precision": "32-true"}
-        first = launch(note_losses, half, settings, each["gpus"], seconds)
-        rest = {**half, "gpus": each["onto"], "strategy": "fsdp2" if each["onto"] > 1 else "auto"}
-        rest["continue"] = True
-        second = launch(note_losses, rest, settings, each["onto"], seconds)
-        return {**second, "losses_before": first["losses"]}
+        if case["part"] == "throughput":
+            return launch(time_steps, case, folder, seconds)
+        first = launch(note_losses, case, folder, seconds)
+        if case["part"] == "loss":
+            return first
+        rest = {**case, "gpus": case["onto"], "continue": True}
+        rest["strategy"] = "fsdp2" if case["onto"] > 1 else "auto"
+        return {**launch(note_losses, rest, folder, seconds), "losses_before": first["losses"]}
     finally:
         shutil.rmtree(folder)
 
 
-def launch(work: Any, each: Record, settings: Record, count: int, seconds: float) -> Record:
-    """Call `work(each, settings)` in so many processes, as torchrun would; the first one's result.
+def launch(work: Any, case: Record, folder: Path, seconds: float) -> Record:
+    """Call `work(case, folder)` in a process a GPU, as torchrun would; the first one's result.
 
     They are forked from a server that has imported everything and has not touched a GPU.
     """
@@ -189,11 +183,11 @@ def launch(work: Any, each: Record, settings: Record, count: int, seconds: float
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = Path(settings["folder"], "result.json")
+    path = folder / "result.json"
     path.unlink(missing_ok=True)
     processes = [
-        context.Process(target=process, args=(work, each, settings, rank, count, port))
-        for rank in range(count)
+        context.Process(target=process, args=(work, case, folder, rank, port))
+        for rank in range(case["gpus"])
     ]
     for one in processes:
         one.start()
@@ -215,34 +209,35 @@ def launch(work: Any, each: Record, settings: Record, count: int, seconds: float
     return result
 
 
-def process(work: Any, each: Record, settings: Record, rank: int, count: int, port: int) -> None:
+def process(work: Any, case: Record, folder: Path, rank: int, port: int) -> None:
     """One of the processes."""
-    if count > 1:
+    if (count := case["gpus"]) > 1:
         ours = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_PORT": port}
         common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
         common["TORCHELASTIC_RUN_ID"] = "scaling"  # how Lightning knows torchrun's processes
         os.environ.update({name: str(value) for name, value in {**ours, **common}.items()})
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
     set_up_logging()
-    result = work(each, settings)
+    result = work(case, folder)
     if rank == 0:
-        content = json.dumps({**result, "machine": machine()})
-        Path(settings["folder"], "result.json").write_text(content)
+        (folder / "result.json").write_text(json.dumps(result))
 
 
-def configuration(settings: Record, *values: str) -> DictConfig:
+def configuration(case: Record, folder: Path, *values: str) -> DictConfig:
     """configs/train.yaml with values."""
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    folder = [f"paths.output_dir={settings['folder']}", f"trainer.accelerator={accelerator}"]
+    common = [f"paths.output_dir={folder}", f"trainer.accelerator={accelerator}"]
+    common += [f"trainer.devices={case['gpus']}", f"trainer.strategy={case['strategy']}"]
     with initialize_config_dir(config_dir(), version_base="1.3"):
-        return compose("train", overrides=[*COMMON, *folder, *values, *settings["overrides"]])
+        return compose("train", overrides=[*COMMON, *common, *values, *case["set"]])
 
 
-def time_steps(each: Record, settings: Record) -> Record:
+def time_steps(case: Record, folder: Path) -> Record:
     """Seconds of rounds of training steps."""
     cfg = configuration(
-        settings,
-        f"experiment={each['model']}_in1k",
+        case,
+        folder,
+        f"experiment={case['model']}_in1k",
         "data=fake",
         "model.num_classes=1000",
         "global_batch_size=null",
@@ -253,27 +248,23 @@ def time_steps(each: Record, settings: Record) -> Record:
         "callbacks.history=null",
         "scheduler.warmup_epochs=0",
         "trainer.max_epochs=1",
-        f"trainer.devices={each['gpus']}",
-        f"trainer.strategy={each['strategy']}",
     )
     set_up_torch(cfg)
     module = instantiate(
         cfg.task, model=plain(cfg.model), optimizer=cfg.optimizer, scheduler=cfg.scheduler,
         _convert_="all",
     )  # fmt: skip
-    clock = Clock(settings["rounds"], settings["round_steps"])
+    clock = Clock(case["rounds"], case["round_steps"])
     trainer = make_trainer(cfg)
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    module.run_by(choose_execution(cfg, trainer, settings["batch"], is_long=True))
-    shape = (settings["batch"], 3, settings["size"], settings["size"])
+    module.run_by(choose_execution(cfg, trainer, case["batch"], is_long=True))
+    shape = (case["batch"], 3, case["size"], case["size"])
     trainer.fit(module, DeviceBatches(trainer, shape, module.num_classes, clock.steps))
-    images = settings["round_steps"] * settings["batch"] * each["gpus"]
+    images = case["round_steps"] * case["batch"] * case["gpus"]
     device = trainer.strategy.root_device
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
         "arithmetic": str(trainer.precision),
-        "batch": settings["batch"],
-        "size": settings["size"],
         "round_images": images,
         "round_seconds": clock.seconds,
         "images_per_second": images / statistics.median(clock.seconds),
@@ -335,33 +326,32 @@ class Clock(Callback):
         self._begin = time.perf_counter()
 
 
-def note_losses(each: Record, settings: Record) -> Record:
+def note_losses(case: Record, folder: Path) -> Record:
     """Loss of each step, over all processes, of a run of the whole engine."""
-    folder, micro = settings["folder"], each["micro_batches"]
-    epoch = settings["steps"] // EPOCHS
-    stops = each["part"] == "resume" and not each.get("continue")
-    stop_after = settings["steps"] * 7 // 10 if stops else 0
+    micro = case["micro_batches"]
+    epoch = case["steps"] // EPOCHS
+    stops = case["part"] == "resume" and not case.get("continue")
+    stop_after = case["steps"] * 7 // 10 if stops else 0
     cfg = configuration(
-        settings,
+        case,
+        folder,
         "experiment=nat_tiny_in1k",
         "data=digits",
-        f"data.input_size=[3,{settings['size']},{settings['size']}]",
+        f"data.input_size=[3,{case['size']},{case['size']}]",
         "data.num_workers=4",
         "augment=none",
         "tf32=false",
         "model.drop_path_rate=0.0",
         "optimizer.lr=2.0e-4",
         "scheduler.warmup_epochs=1",
-        f"global_batch_size={settings['global_batch']}",
-        f"data.batch_size={settings['global_batch'] // each['gpus'] // micro}",
+        f"global_batch_size={case['global_batch']}",
+        f"data.batch_size={case['global_batch'] // case['gpus'] // micro}",
         f"trainer.max_epochs={EPOCHS}",
         f"trainer.limit_train_batches={epoch * micro}",
         "trainer.limit_val_batches=1",
-        f"trainer.precision={each['precision']}",
-        f"trainer.devices={each['gpus']}",
-        f"trainer.strategy={each['strategy']}",
+        f"trainer.precision={case['precision']}",
         f"+callbacks.losses={{_target_: scaling.Losses, stop_after: {stop_after}}}",
-        f"ckpt={folder}/last.ckpt" if each.get("continue") else "ckpt=null",
+        f"ckpt={folder}/last.ckpt" if case.get("continue") else "ckpt=null",
     )
     try:
         run.train(cfg)
@@ -370,10 +360,7 @@ def note_losses(each: Record, settings: Record) -> Record:
             raise
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return {}
-    return {
-        "global_batch": settings["global_batch"],
-        "losses": json.loads(Path(folder, "losses.json").read_text()),
-    }
+    return {"losses": json.loads((folder / "losses.json").read_text())}
 
 
 class Losses(Callback):
@@ -426,7 +413,6 @@ def machine() -> Record:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
         "nccl_settings": {k: v for k, v in os.environ.items() if k.startswith("NCCL_")},
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

@@ -19,7 +19,7 @@ def tables(result: Record) -> str:
             rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
     if rows:
         parts.append(markdown_table(["model", "strategy", "GPUs", "images/s", "of one GPU"], rows))
-    rows = [_loss_row(result, r) for r in result["results"] if r["part"] != "throughput"]
+    rows = [_loss_row(result, r) for r in result["results"] if r["case"]["part"] != "throughput"]
     if rows:
         head = ["run", "GPUs", "precision", "steps", "last loss", "largest difference"]
         parts.append(markdown_table(head, rows))
@@ -53,11 +53,13 @@ def figures(result: Record) -> dict[str, Figure]:
 
 
 def speeds(result: Record) -> dict[tuple[str, str], dict[int, float]]:
-    """Images a second by (model, strategy) and number of GPUs, the median of all turns."""
+    """Images a second by (model and options, strategy) and number of GPUs; median of all turns."""
     turns: dict[tuple[str, str, int], list[float]] = {}
     for record in result["results"]:
-        if record["part"] == "throughput":
-            key = record["model"], record["strategy"], record["gpus"]
+        case = record["case"]
+        if case["part"] == "throughput":
+            options = [f"batch {case['batch']}", f"{case['size']} pixels", *case["set"]]
+            key = ", ".join([case["model"], *options]), case["strategy"], case["gpus"]
             turns.setdefault(key, []).append(record["images_per_second"])
     found: dict[tuple[str, str], dict[int, float]] = {}
     for (model, strategy, gpus), values in turns.items():
@@ -67,23 +69,22 @@ def speeds(result: Record) -> dict[tuple[str, str], dict[int, float]]:
 
 def gap(result: Record, record: Record) -> float | None:
     """Largest difference of a run's losses from those of one GPU in one piece, if there are any."""
-    whole = {"gpus": 1, "micro_batches": 1, "precision": record.get("precision", "32-true")}
-    runs = (r for r in result["results"] if r["part"] == "loss" and whole.items() <= r.items())
-    alone = next(runs, {}).get("losses")
+    whole = {"part": "loss", "gpus": 1, "strategy": "auto", "micro_batches": 1}
+    wanted = {k: v for k, v in {**record["case"], **whole}.items() if k != "onto"}
+    alone = next((r["losses"] for r in result["results"] if r["case"] == wanted), None)
     if alone is None:
         return None
     return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
 
 
 def _loss_row(result: Record, record: Record) -> list[object]:
-    name = record.get("strategy", "")
-    if record["part"] == "resume":
-        name = f"fsdp2, continued on {record['onto']}"
-    elif record["gpus"] == 1:
-        name = f"one GPU, {record['micro_batches']} micro-batches"
-    losses = record["losses"]
+    case, losses = record["case"], record["losses"]
+    name = case["strategy"]
+    if case["part"] == "resume":
+        name = f"fsdp2, continued on {case['onto']}"
+    elif case["gpus"] == 1:
+        name = f"one GPU, {case['micro_batches']} micro-batches"
     last = losses[max(losses, key=int)]
     found = gap(result, record)
     difference = "-" if found is None else f"{found:.1e}"
-    precision = record.get("precision", "32-true")
-    return [name, record["gpus"], precision, len(losses), f"{last:.4f}", difference]
+    return [name, case["gpus"], case["precision"], len(losses), f"{last:.4f}", difference]

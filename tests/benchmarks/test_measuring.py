@@ -31,6 +31,11 @@ def test_a_record_is_a_line_with_four_digits(results, tmp_path):
     assert [line for line in text.splitlines() if '"x"' in line and "123500.0" in line]
 
 
+def test_digits_are_as_many_as_asked_for(tmp_path):
+    Results(tmp_path / "r.json", DESCRIPTION, ["name"], digits=8).add({"name": "x", "loss": 2 / 3})
+    assert json.loads((tmp_path / "r.json").read_text())["results"][0]["loss"] == 0.66666667
+
+
 def test_other_versions_are_refused(results, tmp_path):
     results.add({"name": "x"})
     with pytest.raises(ValueError, match="versions"):

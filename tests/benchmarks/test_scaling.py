@@ -31,10 +31,11 @@ def test_two_processes_are_measured_agree_with_one_and_resume_on_another_number(
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
-    kinds = [(r["part"], r["gpus"], r.get("micro_batches")) for r in report["results"]]
+    cases = [r["case"] for r in report["results"]]
+    kinds = [(case["part"], case["gpus"], case.get("micro_batches")) for case in cases]
     assert kinds == [
         ("throughput", 1, None), ("throughput", 2, None),
-        ("loss", 1, 1), ("loss", 1, 2), ("loss", 2, 1), ("resume", 2, None),
+        ("loss", 1, 1), ("loss", 1, 2), ("loss", 2, 1), ("resume", 2, 1),
     ]  # fmt: skip
     alone, micro, sharded, resumed = report["results"][2:]
     assert [*alone["losses"]] == [str(step) for step in range(20)]
@@ -45,7 +46,7 @@ def test_two_processes_are_measured_agree_with_one_and_resume_on_another_number(
     assert len(resumed["losses_before"]) == 14  # in the fourth epoch of four steps
     assert whole == pytest.approx(alone["losses"], abs=1e-4)
     output.with_suffix(".png").unlink()
-    monkeypatch.setattr(sys, "argv", ["scaling.py", str(output), *SMALL])
+    monkeypatch.setattr(sys, "argv", ["scaling.py", str(output), *SMALL, "--set", *TINY])
     assert scaling.main() == 0
     assert '"part"' not in capsys.readouterr().out  # what is there is not measured again
     assert output.with_suffix(".png").stat().st_size > 0
@@ -55,12 +56,24 @@ def test_a_file_of_another_machine_is_refused(tmp_path, monkeypatch):
     output = tmp_path / "scaling.json"
     text = json.dumps({"device": "another", "versions": {}, "results": []})
     output.write_text(text)
-    machine = scaling.machine()
-    monkeypatch.setattr(scaling, "measure", lambda *_: {"machine": machine})
+    monkeypatch.setattr(scaling, "measure", None)
     monkeypatch.setattr(sys, "argv", ["scaling.py", str(output), *SMALL])
-    with pytest.raises(ValueError, match=f"device another, but this is {machine['device']}"):
+    device = scaling.machine()["device"]
+    with pytest.raises(ValueError, match=f"device another, but this is {device}"):
         scaling.main()
     assert output.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--batch=8", "--size=64", "--global-batch=32", "--steps=40", "--rounds=3", "--set=seed=1"],
+)
+def test_what_a_result_depends_on_is_in_its_case(monkeypatch, option):
+    found = []
+    for more in ([], [option]):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", "x.json", *SMALL, *more])
+        found.append(scaling.cases(scaling.parse()))
+    assert any(ours not in found[0] for ours in found[1])
 
 
 @pytest.mark.parametrize(
