@@ -26,9 +26,9 @@ _chosen: frozenset[str] | None = None
 def using(*operations: Operation) -> Iterator[None]:
     """Run these operations fused wherever there are kernels for it, and no others.
 
-    Without it they run fused in eager mode on a GPU of the measured kind, where the tensors are
-    large enough; compiled code is left to PyTorch's compiler. Code compiled under one choice is
-    compiled again under another.
+    Without it they run fused on a GPU of the measured kind, where the tensors are large enough;
+    norms only in eager mode, since PyTorch's compiler makes the same of them. Code compiled under
+    one choice is compiled again under another.
 
     Args:
         operations: "add_layer_norm" (also alone, without an addition) and "mlp".
@@ -50,7 +50,9 @@ def norm_is_used(x: Tensor) -> bool:
         and (
             "add_layer_norm" in _chosen
             if _chosen is not None
-            else _is_measured(x) and x.numel() >= MIN_ROWS * x.shape[-1]
+            else not torch.compiler.is_compiling()
+            and _is_measured(x)
+            and x.numel() >= MIN_ROWS * x.shape[-1]
         )
         and _has_kernels(x.device, 8)
         and not _is_observed()
@@ -84,11 +86,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _is_measured(x: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and not torch.compiler.is_compiling()
-        and _capability(x.device) == (9, 0)
-    )
+    return x.is_cuda and _is_hopper(x.device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -96,6 +94,11 @@ def _has_kernels(device: torch.device, generation: int) -> bool:
     """Products need the descriptors and the shared memory of H100 or B200."""
     major, _ = _capability(device)
     return major >= 8 if generation == 8 else major in (9, 10)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_hopper(device: torch.device) -> bool:
+    return _capability(device) == (9, 0)
 
 
 @cache
@@ -110,7 +113,8 @@ def _is_observed() -> bool:
     """Whether something looks inside, for which there are no rules here."""
     return (
         torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
+        # PyTorch 2.11 says so of all that its compiler traces.
+        or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling())
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

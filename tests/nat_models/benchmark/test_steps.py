@@ -86,7 +86,8 @@ def test_compiled_computes_the_same():
 def test_steps_repeat_on_a_gpu(kind, execution):
     case = case_of(kind, execution, "float16")
     model = create_model(case, CUDA)
-    before = [parameter.clone() for parameter in model.parameters()]
+    # Detached: a clone in the graph would bind the gradients to this stream, not the captured one.
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     step = create_step(model, create_images(case, CUDA), case)
     for _ in range(4):
         step()

@@ -53,9 +53,10 @@ def test_batches_arrive_on_the_gpu_unchanged(workers):
 def test_a_copy_does_not_wait_for_the_work_before_it(monkeypatch):
     original, streams = torch.cuda.Stream, []
 
-    def noted(device):
-        streams.append(original(device))
-        return streams[-1]
+    def noted(*device, **current):
+        stream = original(*device, **current)
+        streams.extend([stream] if device else [])
+        return stream
 
     monkeypatch.setattr(torch.cuda, "Stream", noted)
     images = torch.arange(4 * 2**20).view(4, -1)

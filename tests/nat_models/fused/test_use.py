@@ -13,7 +13,7 @@ ROWS = use.MIN_ROWS
 @pytest.fixture
 def on_hopper(monkeypatch):
     """Tensors of the CPU count as those of an H100."""
-    monkeypatch.setattr(use, "_is_measured", lambda x: not torch.compiler.is_compiling())
+    monkeypatch.setattr(use, "_is_measured", lambda x: True)
     monkeypatch.setattr(use, "_has_kernels", lambda device, generation: True)
 
 
@@ -51,7 +51,7 @@ def test_what_is_said_counts(on_hopper):
     assert fused.norm_is_used(large)
 
 
-def test_compiled_code_is_left_to_the_compiler(on_hopper):
+def test_norms_are_left_to_the_compiler(on_hopper):
     large = torch.zeros(1).expand(ROWS, 64)
 
     def function(x):
@@ -62,6 +62,19 @@ def test_compiled_code_is_left_to_the_compiler(on_hopper):
     with fused.using("add_layer_norm"):
         assert compiled(large) == 1
     assert compiled(large) == 0
+
+
+def test_products_are_fused_in_compiled_code(on_hopper):
+    large = torch.zeros(1, dtype=torch.bfloat16).expand(use.MIN_HIDDEN // 96, 64)
+
+    def function(x, width):
+        return x.sum() + int(mlp_is_used(x, width))
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(large, 96) == 0
+    assert compiled(large, 112) == 1
+    with fused.using():
+        assert compiled(large, 112) == 0
 
 
 @pytest.mark.parametrize(
