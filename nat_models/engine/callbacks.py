@@ -19,6 +19,8 @@ class ProgressBar(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=int(rich.get_console().is_terminal))
+        self._shown: dict[str, Any] = {}
+        self._next = 0.0
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
@@ -26,10 +28,12 @@ class ProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Metrics at the end of the bar, without the loggers' version number."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """Metrics at the end of the bar, new ones each second: for them the host has to wait."""
+        if time.monotonic() >= self._next:
+            self._shown = super().get_metrics(trainer, pl_module)
+            self._shown.pop("v_num", None)  # the loggers' number
+            self._next = time.monotonic() + 1
+        return self._shown
 
 
 class History(Callback):

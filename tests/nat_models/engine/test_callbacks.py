@@ -2,13 +2,14 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import rich
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nat_models.engine.callbacks import History, accuracy
+from nat_models.engine.callbacks import History, ProgressBar, accuracy
 
 ALONE = SingleDeviceStrategy(torch.device("cpu"))
 
@@ -91,6 +92,24 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_batches(accumulated):
     )  # fmt: skip
     trainer.fit(Mean(), DataLoader(torch.arange(4.0), batch_size=1))
     assert history.epochs[0]["train/loss"] == 1.5
+
+
+def test_the_bar_does_not_wait_for_the_device_at_each_step(monkeypatch):
+    monkeypatch.setattr(rich.get_console(), "_force_terminal", True)
+    asked = []
+
+    class Watched(Trainer):
+        @property
+        def progress_bar_metrics(self):
+            asked.append(super().progress_bar_metrics)
+            return asked[-1]
+
+    trainer = Watched(
+        accelerator="cpu", max_epochs=1, callbacks=[ProgressBar()], logger=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Mean(), DataLoader(torch.arange(100.0), batch_size=1))
+    assert 1 <= len(asked) < 10
 
 
 def test_accuracy_is_in_percent():
