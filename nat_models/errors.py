@@ -1,5 +1,6 @@
 """Bad input, told apart from faults of the program."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,12 @@ def faults_of_the_machine() -> Iterator[None]:
     """Around the work: what the machine does to it is a RunStopped, with what may help."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunStopped(
+            f"{error}: make room and continue from what was saved last (ckpt=last)"
+        ) from error
     except RuntimeError as error:
         if re.search(r"Connection (closed|reset) by peer|remote process exited", str(error)):
             raise RunStopped("another process of the run ended; its message says why") from error

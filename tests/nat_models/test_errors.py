@@ -40,3 +40,15 @@ def test_the_end_of_another_process_is_one_line():
     gloo = "[pair.cc:561] Connection closed by peer [127.0.0.1]:4508. This is typically caused by"
     with pytest.raises(RunStopped, match="another process of"), faults_of_the_machine():
         raise RuntimeError(gloo)
+
+
+def test_a_full_disk_is_one_line_whatever_was_written():
+    with pytest.raises(RunStopped, match=r"No space left on device: make room and continue"):
+        write_in("/dev/full")
+    with pytest.raises(IsADirectoryError):
+        write_in("/")
+
+
+def write_in(path: str) -> None:
+    with faults_of_the_machine(), open(path, "w", buffering=1) as log:
+        log.write("epoch 1\n")
