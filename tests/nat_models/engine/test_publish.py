@@ -1,4 +1,7 @@
+import base64
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 import timm
@@ -48,6 +51,55 @@ def test_the_card_tells_what_the_model_is_and_how_good(module, data, tmp_path):
     card = (tmp_path / "README.md").read_text()
     for part in ("license: mit", "nat_demo", "**Classes:** 3", "3x40x40", "3, top-1 50.00 %"):
         assert part in card
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as an upload of small files asks for."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        answer = {"url": "https://huggingface.co/a/b"}
+        if self.path == "/api/models/a/b/preupload/main":
+            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            answer = {"files": [{**file, "shouldIgnore": False} for file in files]}
+        elif self.path == "/api/models/a/b/commit/main":
+            for line in map(json.loads, body.splitlines()[1:]):
+                content = base64.b64decode(line["value"]["content"])
+                self.server.received[line["value"]["path"]] = content
+            answer = {"commitUrl": "https://huggingface.co/a/b/commit/1", "commitOid": "1"}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.received = {}
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "x")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_whole_folder_is_uploaded(module, data, hub, tmp_path):
+    write_model(tmp_path / "model", module, data)
+    write_card(tmp_path / "model", module, data, {"val/top1": 0.5, "val/top5": 1.0})
+    push(tmp_path / "model", "a/b")
+    assert hub.received == {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors"} == set(hub.received)
 
 
 def test_a_failed_upload_says_where_the_model_is(tmp_path, monkeypatch):

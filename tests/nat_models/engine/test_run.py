@@ -8,7 +8,7 @@ import torch
 
 from nat_models.engine import run
 from nat_models.engine.evaluation import evaluate
-from nat_models.errors import ConfigError
+from nat_models.errors import ConfigError, RunStopped
 
 FAKE = ["data=fake", "data.options={size:8,image_size:[3,8,8],num_classes:3}", "data.batch_size=4"]
 TINY = [
@@ -145,6 +145,13 @@ def test_evaluate_refuses_a_file_that_is_no_checkpoint(compose, checkpoint, tmp_
         torch.save({"w": torch.ones(1)}, path)
     with pytest.raises(ConfigError, match=rf"{path}: (damaged, or )?not (a|the) checkpoint.*: ."):
         evaluate(compose("eval", f"ckpt={path}", *QUIET))
+
+
+def test_a_run_pushes_its_model_if_it_is_to(compose, tmp_path):
+    options = ["debug=short", "push_to_hub=a/b", f"paths.output_dir={tmp_path}"]
+    with pytest.raises(RunStopped, match=rf"push_to_hub=a/b: .*; the model is in {tmp_path}/model"):
+        run.train(compose("train", *TINY, *QUIET, *options))  # without a network
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_a_run_without_loggers(compose, tmp_path, monkeypatch):
