@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Trainer
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -91,6 +92,7 @@ def train(cfg: DictConfig) -> float:
         [metrics] = trainer.validate(module, data, verbose=False)
         _write_metrics(output, metrics, module, data, cfg.push_to_hub)
         _log.info("%s  %s", accuracy(metrics), best)
+        _end_logs(trainer)
     objective: float = metrics[cfg.objective]
     return objective
 
@@ -131,6 +133,14 @@ def _write_metrics(
     write_card(output / "model", module, data, metrics)
     if repository is not None:
         push(output / "model", repository)
+
+
+def _end_logs(trainer: Trainer) -> None:
+    """W&B alone would go on with its log in the next job of a sweep."""
+    if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+        import wandb
+
+        wandb.finish()
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -60,8 +60,8 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         answer = {"url": "https://huggingface.co/a/b"}
         if self.path == "/api/models/a/b/preupload/main":
-            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
-            answer = {"files": [{**file, "shouldIgnore": False} for file in files]}
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": f["path"], **how} for f in json.loads(body)["files"]]}
         elif self.path == "/api/models/a/b/commit/main":
             for line in map(json.loads, body.splitlines()[1:]):
                 content = base64.b64decode(line["value"]["content"])

@@ -172,6 +172,17 @@ def test_checkpoint_holds_plain_data_only(checkpoint):
     assert type(content["datamodule_hyper_parameters"]["options"]) is dict
 
 
+@pytest.mark.slow
+def test_each_run_has_its_own_log_of_weights_and_biases(compose, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="comes with nat-models[wandb]")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = ["debug=short", "logger=wandb", "logger.wandb.offline=true"]
+    for job in "ab":
+        run.train(compose("train", *TINY, *QUIET, *options, f"paths.output_dir={tmp_path}/{job}"))
+        [log] = (tmp_path / job).glob("wandb/offline-run-*/*.wandb")
+        assert b"val/top1" in log.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("kind", "shown"),
     [("simple", "run_training_batch"), ("advanced", "training_step"), ("pytorch", "aten::")],
