@@ -19,18 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import InterpolationMode
 
-from nat_models.data.images import (
-    MAX_TRIES,
-    Batch,
-    Complaints,
-    DecodedDataset,
-    DecodedStream,
-    collate,
-)
+from nat_models.data.images import MAX_TRIES, Batch, Complaints, DecodedDataset, collate
 from nat_models.data.prefetch import DevicePrefetcher
 from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
 from nat_models.data.sources import class_indices, count, num_classes, open_dataset
-from nat_models.data.streams import StreamLoader, share
+from nat_models.data.streams import DecodedStream, StreamLoader, share
 from nat_models.errors import RunStopped
 
 INTERPOLATIONS = {mode.value for mode in InterpolationMode}
@@ -111,10 +104,6 @@ class ImageDataModule(LightningDataModule):
             ValueError: The data is not there, or its splits do not belong together.
         """
         s = self.settings
-        if s.name == "wds" and s.on_error == "raise":  # its reader cannot
-            raise ValueError(
-                "data.on_error=raise: data.name=wds leaves broken images out; set skip"
-            )
         parts = {"train": s.train_split, "val": s.val_split} if training else {"val": s.val_split}
         for part, split in parts.items():
             self.sources[part] = open_dataset(

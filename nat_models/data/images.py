@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from timm.data.loader import fast_collate
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
-from nat_models.data.sampler import seed_rngs
 from nat_models.errors import RunStopped
 
 _log = logging.getLogger(__name__)
@@ -85,35 +84,6 @@ class DecodedDataset(Dataset[Any]):
             return str(self.source.filename(index, absolute=True))  # type: ignore[attr-defined]
         except AttributeError:
             return f"image {index}"
-
-
-class DecodedStream(IterableDataset[Any]):
-    """Tensors from a stream of (PIL image, class index), whose reader leaves out broken images.
-
-    Args:
-        source: timm's data set over shards.
-        transform: PIL image to tensor.
-        mode: Colour mode that the transform expects, see `decode`.
-        seed: Seed of the transform.
-    """
-
-    def __init__(
-        self, source: Any, transform: Callable[[Image.Image], Tensor], mode: str, seed: int
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.mode = mode
-        self.seed = seed
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        for i, (image, target) in enumerate(self.source):
-            seed_rngs(self.seed, self.epoch, worker.id if worker else 0, i)
-            yield self.transform(decode(image, self.mode)), target, [], i
-
-    def __len__(self) -> int:
-        return len(self.source)
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], Tensor]:

@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from torch import Generator, cuda
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch import Generator, Tensor, cuda
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from nat_models.data.images import DecodedStream, collate
+from nat_models.data.images import MAX_TRIES, Sample, collate, decode
+from nat_models.data.sampler import seed_rngs
+from nat_models.errors import RunStopped
 
 
 def share(source: Any, rank: int, world_size: int, training: bool) -> None:
@@ -31,6 +34,69 @@ def share(source: Any, rank: int, world_size: int, training: bool) -> None:
         reader.dist_rank, reader.dist_num_replicas = rank, world_size
     else:
         reader.split_info.filenames = shards[rank::world_size]
+
+
+class DecodedStream(IterableDataset[Any]):
+    """Tensors from a stream of (PIL image, class index).
+
+    What cannot be read is left out, and told together with the next image.
+
+    Args:
+        source: timm's data set over shards.
+        transform: PIL image to tensor.
+        mode: Colour mode that the transform expects, see `decode`.
+        seed: Seed of the transform.
+    """
+
+    def __init__(
+        self, source: Any, transform: Callable[[Image.Image], Tensor], mode: str, seed: int
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.mode = mode
+        self.seed = seed
+        self.epoch = 0
+        source.reader.input_img_mode = ""  # images come as they are: 16 bits would be clipped
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        errors = _noted_errors(self.source.reader)
+        index = -1
+        for index, (image, target) in enumerate(self.source):
+            seed_rngs(self.seed, self.epoch, worker.id if worker else 0, index)
+            yield self.transform(decode(image, self.mode)), target, errors[:], index
+            errors.clear()
+        if errors:
+            yield None, -1, errors, index + 1
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def _noted_errors(reader: Any) -> list[str]:
+    """Let timm's reader, about to begin, note in a list what it would only log."""
+    errors: list[str] = []
+
+    def goes_on(error: Exception) -> bool:
+        if reader.is_training and len(errors) >= MAX_TRIES:  # perhaps for ever
+            raise RunStopped(
+                f"data.root={reader.root}: {MAX_TRIES} images in a row cannot be read, the last "
+                f"{errors[-1]}"
+            )
+        return True
+
+    def read(sample: dict[str, Any]) -> Any:
+        try:
+            return decode_sample(sample)
+        except Exception as error:
+            errors.append(f"{sample['__url__']}: {sample['__key__']}: {error}")
+            raise
+
+    reader._lazy_init()
+    *_, reading, _ = reader.ds.pipeline
+    [decode_sample] = reading.args
+    reading.args, reading.kw["handler"] = (read,), goes_on
+    return errors
 
 
 class StreamLoader(DataLoader[Any]):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from nat_models.data import ImageDataModule
+from nat_models.errors import RunStopped
 
 pytest.importorskip("webdataset", reason="comes with nat-models[data]")
 SHARDS = "part-{0000..0003}.tar"  # of five images each, whose class is their number
@@ -120,6 +121,40 @@ def test_too_few_shards_are_named(shards):
         opened(shards, 0, 0, 5).train_dataloader()
 
 
-def test_broken_images_of_shards_cannot_be_raised(shards):
-    with pytest.raises(ValueError, match=r"data\.on_error=raise: .*wds"):
-        ImageDataModule("wds", str(shards), f"{SHARDS}|20", f"{SHARDS}|20").open(training=False)
+def damage(shards, count: int) -> None:
+    """Cut the first images of the first shard."""
+    whole = (shards / "part-0000.tar").read_bytes()
+    for _ in range(count):
+        start = whole.index(b"\x89PNG")
+        whole = whole[:start] + bytes(40) + whole[start + 40 :]
+    (shards / "part-0000.tar").write_bytes(whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_of_shards_are_named_and_left_out(shards, workers):
+    damage(shards, 2)
+    data = opened(shards, num_workers=workers)
+    batches = list(data.val_dataloader())
+    assert sorted(labels(batches)) == list(range(2, 20))
+    errors = [error for _, _, errors, _ in batches for error in errors]
+    assert len(errors) == 2
+    assert "part-0000.tar: 0000: cannot identify image" in errors[0]
+    training = labels(data.train_dataloader())
+    assert len(training) == 20
+    assert not {0, 1} & set(training)
+
+
+def test_the_end_of_a_stream_tells_what_was_broken_too(shards):
+    damage(shards, 5)
+    data = opened(shards, rank=0, world_size=4)
+    data._in_any_process = lambda here: here
+    [(_, targets, errors, _)] = data.val_dataloader()
+    assert (len(targets), len(errors)) == (0, 5)
+
+
+def test_shards_in_which_all_is_broken_end_a_training(shards):
+    damage(shards, 5)
+    for i in (1, 2, 3):
+        (shards / f"part-{i:04}.tar").write_bytes((shards / "part-0000.tar").read_bytes())
+    with pytest.raises(RunStopped, match=r"10 images in a row cannot be read, the last .*part-"):
+        list(opened(shards).train_dataloader())
