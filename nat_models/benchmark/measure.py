@@ -65,7 +65,7 @@ class Candidate:
         with self._noting_out_of_memory():
             self.record["status"] = "ok"
             torch.manual_seed(self.sampling.seed)
-            before = _allocated(self.device)
+            before = self._memory_held()
             model = self.create_model(self.case, self.device)
             images = steps.create_images(self.case, self.device)
             self.record["parameters"] = sum(p.numel() for p in model.parameters())
@@ -81,8 +81,24 @@ class Candidate:
                 self.step()
             synchronize(self.device)
             if self.device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(self.device) - before
-                self.record["peak_memory_mib"] = peak / MIB
+                self.record["peak_memory_mib"] = (self._peak_memory() - before) / MIB
+
+    def _memory_held(self) -> int:
+        """Bytes of tensors; of CUDA graphs, whose replays allocate nothing, all that is kept."""
+        if self.device.type != "cuda":
+            return 0
+        if not self._replays:
+            return torch.cuda.memory_allocated(self.device)
+        release_memory()
+        return torch.cuda.memory_reserved(self.device)
+
+    def _peak_memory(self) -> int:
+        most = torch.cuda.max_memory_allocated(self.device)
+        return self._memory_held() if self._replays else most
+
+    @property
+    def _replays(self) -> bool:
+        return self.case.execution in ("captured", "cuda_graphs")
 
     def call_first(self, step: steps.Step) -> None:
         """The call in which all is compiled."""
@@ -177,7 +193,3 @@ def allocate_workspaces(device: torch.device) -> None:
     """Have the libraries allocate what they keep for good, or the first model would pay for it."""
     matrix = torch.ones(8, 8, device=device, requires_grad=True)
     (matrix @ matrix).sum().backward()
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -74,6 +74,13 @@ def test_options_replace_axes_of_a_preset():
     assert {case.kind for case in cases} == {"inference", "training"}
 
 
+def test_passes_are_selected_from_a_preset():
+    cases = options("--preset", "headline", "--passes", "training").cases
+    assert {(case.kind, case.batch_size, case.precision) for case in cases} == {
+        ("training", 128, "bfloat16")
+    }
+
+
 def test_other_models_have_no_attention_backends():
     chosen = options("--models", "nat_mini", "test_vit", "--backends", "naive", "gemm").cases
     found = {(case.model, case.attention_backend) for case in chosen}

@@ -36,9 +36,16 @@ def probes():
 
 
 def measure(
-    *models, kind="inference", batch_size=2, side=64, device=CPU, advance=lambda: None, **options
+    *models,
+    kind="inference",
+    execution="eager",
+    batch_size=2,
+    side=64,
+    device=CPU,
+    advance=lambda: None,
+    **options,
 ):
-    settings = kind, "eager", batch_size, "float32", side
+    settings = kind, execution, batch_size, "float32", side
     candidates = [Candidate(Case(model, *settings), device, SHORT, **options) for model in models]
     return measure_in_turns(candidates, SHORT.rounds, advance)
 
@@ -132,6 +139,8 @@ def test_peak_memory_counts_the_model_and_its_activations():
     weights_gradients_moments = 4 * 4 * first["parameters"] / 2**20
     assert first["peak_memory_mib"] > weights_gradients_moments
     assert second["peak_memory_mib"] == pytest.approx(first["peak_memory_mib"], rel=0.05)
+    (captured,) = measure("resnet18", execution="captured", **settings)
+    assert captured["peak_memory_mib"] > 0.9 * first["peak_memory_mib"]
 
 
 @pytest.mark.gpu
