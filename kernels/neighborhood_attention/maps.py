@@ -48,15 +48,25 @@ def attention_maps(
         ValueError: As `na2d`; a position lies outside the map.
         TypeError: As `na2d`.
     """
+    query, key = checks.autocast(query, key)
     window, scale = checks.checked_scores(
         query, key, kernel_size, stride, dilation, is_causal, scale, rpb
     )
+    for p, position in enumerate(positions):
+        checks.check_position(f"positions[{p}]", position, query.shape[1:-2])
+    with torch.autocast(query.device.type, enabled=False):
+        return _maps(query, key, window, scale, rpb, positions)
+
+
+def _maps(
+    query: Tensor, key: Tensor, window: Neighborhood, scale: float, rpb: Tensor | None,
+    positions: Sequence[Sequence[int]],
+) -> Tensor:  # fmt: skip
     batch, *spatial, heads, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    maps = torch.zeros(batch, heads, len(positions), *spatial, dtype=dtype, device=query.device)
+    maps = query.new_zeros((batch, heads, len(positions), *spatial), dtype=dtype)
     everything: Any = slice(None)
     for p, position in enumerate(positions):
-        checks.check_position(f"positions[{p}]", position, spatial)
         axes = [_axis_window(window, a, i, spatial[a]) for a, i in enumerate(position)]
         keys, bias = [k for k, _ in axes], [b for _, b in axes]
         rows = (query[(everything, *position)].to(dtype) * scale).unflatten(1, (key.shape[-2], -1))

@@ -63,9 +63,14 @@ class _NeighborhoodAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if not isinstance(count, int):
+                raise TypeError(f"{name}={count!r}: expected an int")
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"{num_heads=}: expected a divisor of {embed_dim=}")
         for name, probability in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            if not isinstance(probability, (int, float)):
+                raise TypeError(f"{name}={probability!r}: expected a probability")
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name}={probability}: expected a probability")
         check_name(backend)
@@ -75,9 +80,8 @@ class _NeighborhoodAttention(nn.Module):
         self.scale = float(checked_scale("qk_scale", qk_scale, self.head_dim))
         self.stride = window.stride
         self.is_causal = window.is_causal
-        self.set_window(window.kernel_size, window.dilation)
         self.pad_small_inputs = pad_small_inputs
-        self.layout = f"[B, {SPATIAL[self.dims]}, embed_dim]"
+        self.layout = f"[B, {SPATIAL[self.dims]}, {embed_dim=}]"
         self.backend = backend
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rpb = (
@@ -85,6 +89,7 @@ class _NeighborhoodAttention(nn.Module):
             if rel_pos_bias
             else None
         )
+        self.set_window(window.kernel_size, window.dilation)
         if attn_drop > 0:
             _log_unfused()
         self.attn_drop = nn.Dropout(attn_drop)
@@ -95,8 +100,18 @@ class _NeighborhoodAttention(nn.Module):
     def set_window(
         self, kernel_size: int | tuple[int, ...], dilation: int | tuple[int, ...]
     ) -> None:
-        """Change the window; a relative positional bias must be replaced with the kernel size."""
+        """Change the window; for another kernel size replace a relative positional bias first.
+
+        Raises:
+            ValueError: The bias is that of another kernel size, or as at construction.
+            TypeError: As at construction.
+        """
         window = make_neighborhood(self.dims, kernel_size, self.stride, dilation, self.is_causal)
+        if self.rpb is not None and self.rpb.shape[1:] != window.bias_shape:
+            raise ValueError(
+                f"kernel_size={window.kernel_size}: expected that of rpb, whose shape "
+                f"{tuple(self.rpb.shape)} is (num_heads, 2 * kernel_size - 1, ...)"
+            )
         self.kernel_size = window.kernel_size
         self.dilation = window.dilation
         self.extent = list(window.extent)
@@ -114,7 +129,7 @@ class _NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, *spatial, embed_dim] to the same shape."""
         dims = len(self.extent)
-        if x.dim() != dims + 2:
+        if x.dim() != dims + 2 or x.shape[-1] != self.num_heads * self.head_dim:
             raise ValueError(f"x: expected {self.layout}, got shape {x.shape}")
         sizes = x.shape[1:-1]
         padding = [0, 0]

@@ -40,6 +40,11 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(torch.ops.neighborhood_attention, name).default
 
 
+def set_autograd_kernel(name: str, kernel: Callable[..., Any]) -> None:
+    """Make it the operator's for the dispatcher's key Autograd; it takes the keys first."""
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
 def refuse_second_derivative() -> None:
     """For the start of a backward: raise if a graph of it is being made."""
     if torch.is_grad_enabled():
@@ -141,30 +146,53 @@ def _without_none(gradients: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(gradients[0].new_empty(0) if x is None else x for x in gradients)
 
 
-def _differentiable(
-    count: int, forward: Any, backward: Any
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """How to run `forward`, whose first `count` arguments are tensors, and record its gradient.
+def below_autograd(operator: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
+    """Run an operator from its kernel for the key Autograd; `keys` None where that was skipped."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if keys is None:
+            return operator(*arguments)
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
-    Returns:
-        The kernel for the dispatcher's key Autograd, as `torch.library.register_autograd` makes it,
-        in half the time a call; and the operator as the public functions call it: that skips the
-        dispatcher's way to the first where nothing looks in between.
+
+def autograd_kernel(
+    count: int, operator: Any, function: type[torch.autograd.Function]
+) -> Callable[..., Any]:
+    """The operator's kernel for the dispatcher's key Autograd.
+
+    That of `torch.library.register_autograd` takes twice the time, and gives derivatives of zero in
+    forward mode.
+
+    Args:
+        count: How many arguments are tensors, the first ones.
+        operator: Below autograd.
+        function: Takes keys and arguments, where a tensor requires a gradient.
     """
 
-    def below_autograd(keys: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, Tensor] = (
-                forward(*arguments)
-                if keys is None
-                else forward.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-            )
-        return results
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        refuse_transforms()
+        if torch.is_grad_enabled():
+            for tensor in arguments[:count]:
+                if tensor is not None and tensor.requires_grad:
+                    return function.apply(keys, *arguments)
+        return below_autograd(operator, keys, arguments)
+
+    return kernel
+
+
+def _differentiable(
+    count: int, operator: Any, backward: Any
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How to run `operator`, whose first `count` arguments are tensors, and record its gradient.
+
+    Returns:
+        The kernel for the dispatcher's key Autograd; and the operator as the public functions call
+        it: that skips the dispatcher's way to the first where nothing looks in between.
+    """
 
     class NeighborhoodAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-            results = below_autograd(keys, arguments)
+            results: tuple[Tensor, Tensor] = below_autograd(operator, keys, arguments)
             ctx.set_materialize_grads(False)
             ctx.settings = arguments[count:]
             ctx.save_for_backward(*arguments[:count], *results)
@@ -184,13 +212,7 @@ def _differentiable(
             gradients = [x if n else None for x, n in zip(gradients, needed, strict=True)]
             return None, *gradients, *(None for _ in ctx.settings)
 
-    def kernel(keys: Any, *arguments: Any) -> Any:
-        refuse_transforms()
-        if torch.is_grad_enabled():
-            for tensor in arguments[:count]:
-                if tensor is not None and tensor.requires_grad:
-                    return NeighborhoodAttention.apply(keys, *arguments)
-        return below_autograd(keys, arguments)
+    kernel = autograd_kernel(count, operator, NeighborhoodAttention)
 
     def call(*arguments: Any) -> Any:
         is_observed = (
@@ -198,7 +220,7 @@ def _differentiable(
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
         )
-        return forward(*arguments) if is_observed else kernel(None, *arguments)
+        return operator(*arguments) if is_observed else kernel(None, *arguments)
 
     return kernel, call
 
@@ -216,7 +238,7 @@ def _register(
         backward_fake,
     )
     kernel, call = _differentiable(count, operator, operator_backward)
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
+    set_autograd_kernel(name, kernel)
     return call
 
 

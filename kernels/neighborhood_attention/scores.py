@@ -14,7 +14,14 @@ from torch import Tensor
 from neighborhood_attention import checks
 from neighborhood_attention.backends import Inputs, reference_scores
 from neighborhood_attention.geometry import Neighborhood
-from neighborhood_attention.ops import define, empty, refuse_second_derivative, refuse_transforms
+from neighborhood_attention.ops import (
+    autograd_kernel,
+    below_autograd,
+    define,
+    empty,
+    refuse_second_derivative,
+    set_autograd_kernel,
+)
 
 
 def neighborhood_scores(
@@ -49,7 +56,6 @@ def neighborhood_scores(
         TypeError: As `na2d`.
         NotImplementedError: Under `torch.func` transforms; in the backward for create_graph=True.
     """
-    _refuse_transforms()
     query, key = checks.autocast(query, key)
     window, scale = checks.checked_scores(
         query, key, kernel_size, stride, dilation, is_causal, scale, rpb
@@ -85,7 +91,6 @@ def neighborhood_apply(
         TypeError: As `na2d`.
         NotImplementedError: Under `torch.func` transforms; in the backward for create_graph=True.
     """
-    _refuse_transforms()
     (value,) = checks.autocast(value)
     dims = checks.check_dims("value", value)
     checks.check_heads_last("value", value, dims)
@@ -94,11 +99,6 @@ def neighborhood_apply(
     checks.check_probabilities(probabilities, value, window)
     output: Tensor = _apply(probabilities, value, window.flat)
     return output
-
-
-def _refuse_transforms() -> None:
-    if not torch.compiler.is_compiling():
-        refuse_transforms()
 
 
 def _scores_kernel(
@@ -183,27 +183,33 @@ _apply_backward = define(
 )  # fmt: skip
 
 
-def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
+        *tensors, ctx.window, ctx.scale = arguments
+        ctx.save_for_backward(*tensors)
+        return below_autograd(_scores, keys, arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        query, key, rpb = ctx.saved_tensors
+        grads = _scores_backward(grad_scores, query, key, rpb, ctx.window, ctx.scale)
+        return None, *grads[:2], None if rpb is None else grads[2], None, None
 
 
-def _scores_gradients(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative()
-    query, key, rpb = ctx.saved_tensors
-    grads = _scores_backward(grad_scores, query, key, rpb, ctx.window, ctx.scale)
-    return *grads[:2], None if rpb is None else grads[2], None, None
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
+        *tensors, ctx.window = arguments
+        ctx.save_for_backward(*tensors)
+        return below_autograd(_apply, keys, arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        return None, *_apply_backward(grad_output, *ctx.saved_tensors, ctx.window), None
 
 
-def _save_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.window = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _apply_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative()
-    return *_apply_backward(grad_output, *ctx.saved_tensors, ctx.window), None
-
-
-torch.library.register_autograd(_scores, _scores_gradients, setup_context=_save_scores)
-torch.library.register_autograd(_apply, _apply_gradients, setup_context=_save_apply)
+set_autograd_kernel("scores", autograd_kernel(3, _scores, _Scores))
+set_autograd_kernel("apply", autograd_kernel(2, _apply, _Apply))

@@ -42,6 +42,23 @@ def test_a_scale_of_zero_gives_every_key_of_the_window_the_same_weight():
     assert torch.equal(maps[0, 0, 0, :3, :3], torch.full((3, 3), 1 / 9))
 
 
+def test_under_autocast_they_are_fp32_of_what_the_operator_takes():
+    query, key = torch.randn(2, 1, 6, 7, 2, 8)
+    position = {"kernel_size": 3, "positions": [(2, 3)]}
+    expected = attention_maps(query.bfloat16(), key.bfloat16(), **position)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_maps(query, key, **position), expected)
+
+
+def test_vmap_gives_the_maps_of_each_entry():
+    query = torch.randn(3, 1, 5, 1, 4)
+
+    def maps(query):
+        return attention_maps(query, query, 3, positions=[(1,)])
+
+    assert torch.allclose(torch.func.vmap(maps)(query), torch.stack(list(map(maps, query))))
+
+
 def good():
     query = torch.ones(2, 6, 7, 2, 4)
     return {"query": query, "key": query, "kernel_size": 3, "positions": [(0, 0)]}

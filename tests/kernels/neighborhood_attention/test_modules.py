@@ -62,6 +62,14 @@ def test_the_window_can_be_changed():
     torch.testing.assert_close(module(x), other(x))
 
 
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_a_bias_of_another_kernel_size_is_refused(kernel_size):
+    module = NeighborhoodAttention2D(8, 2, 5, rel_pos_bias=True)
+    with pytest.raises(ValueError, match=r"kernel_size=.*: expected that of rpb, .*\(2, 9, 9\)"):
+        module.set_window(kernel_size, 1)
+    assert module.kernel_size == (5, 5)
+
+
 @pytest.mark.parametrize(
     ("cls", "function", "spatial"),
     [
@@ -209,6 +217,9 @@ def test_the_backend_may_be_set_after_construction(device):
         ({"dilation": (1, 0)}, ValueError, r"dilation=\(1, 0\): expected at least 1"),
         ({"is_causal": None}, TypeError, r"is_causal=None: expected bool"),
         ({"qk_scale": "x"}, TypeError, r"qk_scale='x': expected a number"),
+        ({"embed_dim": 8.0}, TypeError, r"embed_dim=8.0: expected an int"),
+        ({"num_heads": None}, TypeError, r"num_heads=None: expected an int"),
+        ({"proj_drop": "0.1"}, TypeError, r"proj_drop='0.1': expected a probability"),
         ({"attn_drop": 1.5}, ValueError, r"attn_drop=1.5: expected a probability"),
         ({"proj_drop": -1}, ValueError, r"proj_drop=-1: expected a probability"),
         ({"dim": 8}, TypeError, r"dim=8: expected embed_dim or dim, not both"),
@@ -222,7 +233,8 @@ def test_it_names_the_setting_that_breaks_a_rule(options, error, message):
 
 def test_it_names_the_input_that_breaks_a_rule():
     module = NeighborhoodAttention2D(8, 2, 3, dilation=2)
-    with pytest.raises(ValueError, match=r"x: expected \[B, H, W, embed_dim\], got .*\[5, 6, 8\]"):
-        module(torch.randn(5, 6, 8))
+    for shape in ((5, 6, 8), (1, 7, 6, 4)):
+        with pytest.raises(ValueError, match=r"x: expected \[B, H, W, embed_dim=8\], got shape"):
+            module(torch.randn(shape))
     with pytest.raises(ValueError, match=r"x: expected at least .*\(2, 2\).*\[1, 5, 6, 8\]"):
         module(torch.randn(1, 5, 6, 8))

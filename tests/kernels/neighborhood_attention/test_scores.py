@@ -1,6 +1,7 @@
 import pytest
 import torch
 from oracle import Case, heads_first, random_tensors, scores
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import neighborhood_attention.flops  # noqa: F401 (registers the formulas)
@@ -141,6 +142,35 @@ def test_a_second_derivative_raises():
     ):
         with pytest.raises(NotImplementedError, match="no second derivative"):
             torch.autograd.grad(result.sum(), query, create_graph=True)
+
+
+HALVES = [
+    lambda x: neighborhood_scores(x, x, 3),
+    lambda x: neighborhood_apply(x[..., :3], x, 3),
+]
+
+
+@pytest.mark.parametrize("half", HALVES, ids=["scores", "apply"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_derivatives_that_are_not_there_raise(half, compiled):
+    def jvp(x):
+        return torch.func.jvp(half, (x,), (x,))[1]
+
+    x = torch.randn(1, 5, 1, 4)
+    jvp = torch.compile(jvp, backend="aot_eager") if compiled else jvp
+    with pytest.raises(Exception, match=r"no derivative in forward mode or under torch\.func's"):
+        jvp(x)
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms"):
+        torch.func.grad(lambda x: half(x).sum())(x)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"in forward mode"):
+        half(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("half", HALVES, ids=["scores", "apply"])
+def test_vmap_gives_one_result_an_entry(half):
+    x = torch.randn(3, 1, 5, 1, 4)
+    assert torch.equal(torch.func.vmap(half)(x), torch.stack(list(map(half, x))))
 
 
 def test_flops_are_those_of_one_product_and_two_in_the_backward():
