@@ -18,6 +18,7 @@ import sys
 import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,19 +27,36 @@ from neighborhood_attention import na1d, na2d, na3d
 TOOLS = "memcheck", "racecheck"
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 HEADS = 4
-# Shape of the map, kernel size, dilation, key heads, head dimensions, additional keys: each choice
-# of tiles and each kernel, with groups of two lengths and tiles that are not full.
-Problem = tuple[tuple[int, ...], int, int, int, int, int, int | None]
-PROBLEMS: list[Problem] = [
-    ((19, 21), 5, 2, 2, 32, 32, None),
-    ((19, 18), 5, 1, 2, 32, 32, None),
-    ((14, 15), 7, 2, 4, 32, 32, None),
-    ((7, 7), 7, 1, 2, 32, 32, None),
-    ((11, 13), 3, 1, 2, 40, 24, 5),
-    ((70,), 9, 3, 2, 32, 32, 40),
-    ((5, 6, 7), 3, 1, 2, 16, 16, 3),
-    ((9, 11), 3, 1, 2, 256, 256, 5),
-    ((40,), 5, 1, 2, 256, 64, None),
+
+
+class Problem(NamedTuple):
+    """Sizes of a call with a bias."""
+
+    spatial: tuple[int, ...]
+    kernel_size: int
+    dilation: int = 1
+    stride: int = 1
+    is_causal: bool = False  # on the first axis
+    key_heads: int = 2
+    head_dim: int = 32
+    value_dim: int = 32
+    additional: int | None = None  # keys
+
+
+# Each choice of tiles and each kernel, with groups of two lengths and tiles that are not full.
+PROBLEMS = [
+    Problem((19, 21), 5, dilation=2),
+    Problem((19, 18), 5),
+    Problem((19, 18), 5, stride=2, is_causal=True),
+    Problem((14, 15), 7, dilation=2, key_heads=4),
+    Problem((7, 7), 7),
+    Problem((7, 7), 7, is_causal=True),
+    Problem((11, 13), 3, head_dim=40, value_dim=24, additional=5),
+    Problem((70,), 9, dilation=3, additional=40),
+    Problem((70,), 9, stride=4, is_causal=True),
+    Problem((5, 6, 7), 3, head_dim=16, value_dim=16, additional=3),
+    Problem((9, 11), 3, head_dim=256, value_dim=256, additional=5),
+    Problem((40,), 5, head_dim=256, value_dim=64),
 ]
 CASES = list(itertools.product(PROBLEMS, (torch.bfloat16, torch.float32)))
 
@@ -103,27 +121,37 @@ def check(path: str, tool: str) -> dict[str, object]:
     }
 
 
-def run_problem(problem: Problem, dtype: torch.dtype) -> None:
+def run_problem(
+    problem: Problem, dtype: torch.dtype, device: str = "cuda", backend: str = "fused"
+) -> None:
     """Forward and backward."""
-    spatial, kernel_size, dilation, key_heads, head_dim, value_dim, additional = problem
+    dims, keys = len(problem.spatial), (2, *problem.spatial, problem.key_heads)
     tensors = {
-        "query": (2, *spatial, HEADS, head_dim),
-        "key": (2, *spatial, key_heads, head_dim),
-        "value": (2, *spatial, key_heads, value_dim),
-        "rpb": (HEADS, *(2 * kernel_size - 1 for _ in spatial)),
+        "query": (2, *problem.spatial, HEADS, problem.head_dim),
+        "key": (*keys, problem.head_dim),
+        "value": (*keys, problem.value_dim),
+        "rpb": (HEADS, *(2 * problem.kernel_size - 1,) * dims),
     }
-    if additional is not None:
-        tensors["additional_keys"] = (2, additional, key_heads, head_dim)
-        tensors["additional_values"] = (2, additional, key_heads, value_dim)
+    if problem.additional is not None:
+        keys = 2, problem.additional, problem.key_heads
+        tensors["additional_keys"] = (*keys, problem.head_dim)
+        tensors["additional_values"] = (*keys, problem.value_dim)
     leaves = {
-        name: torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
+        name: torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
         for name, shape in tensors.items()
     }
-    output, lse = FUNCTIONS[len(spatial)](
-        **leaves, kernel_size=kernel_size, dilation=dilation, return_lse=True, backend="fused"
+    output, lse = FUNCTIONS[dims](
+        **leaves,
+        kernel_size=problem.kernel_size,
+        stride=problem.stride,
+        dilation=problem.dilation,
+        is_causal=(problem.is_causal, *(False,) * (dims - 1)),
+        return_lse=True,
+        backend=backend,
     )
     (output.float().square().sum() + lse.sum()).backward()
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
