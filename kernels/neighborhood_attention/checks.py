@@ -5,7 +5,7 @@ They run at each call, so what is right takes the short way through them.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import isfinite
+from sys import float_info
 from typing import Any, TypeVar
 
 import torch
@@ -226,8 +226,10 @@ def checked_scale(name: str, scale: float | None, head_dim: int) -> float:
     if not isinstance(scale, (int, float, SymFloat)) or isinstance(scale, bool):
         raise TypeError(f"{name}={scale!r}: expected a number or None")
     is_number = not (isinstance(scale, SymFloat) or torch.compiler.is_compiling())
-    if is_number and not isfinite(scale):
-        raise ValueError(f"{name}={scale!r}: expected a finite number")
+    if is_number and not abs(scale) <= float_info.max:
+        # Python refuses to print very large ints.
+        found = f"<int of {scale.bit_length()} bits>" if isinstance(scale, int) else repr(scale)
+        raise ValueError(f"{name}={found}: expected a finite number in the range of a float")
     return scale
 
 

@@ -20,6 +20,7 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from neighborhood_attention.geometry import Neighborhood
@@ -56,13 +57,25 @@ _log = logging.getLogger("neighborhood_attention")
 
 def check_name(backend: str | None) -> None:
     """Raise unless `backend` is None or the name of a backend."""
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"{backend=}: expected None or one of {sorted(BACKENDS)}")
 
 
 def resolve_backend(device_type: str) -> str:
-    """The backend that `backend=None` prefers on a type of device ("cpu", "cuda")."""
-    return "fused" if device_type == "cuda" else "reference"
+    """The backend that `backend=None` prefers on a type of device ("cpu", "cuda").
+
+    Raises:
+        ValueError: PyTorch knows no such type.
+    """
+    if device_type == "cuda":
+        return "fused"
+    try:
+        is_type = torch.device(device_type).type == device_type
+    except (RuntimeError, TypeError):
+        is_type = False
+    if not is_type:
+        raise ValueError(f"{device_type=}: expected a type of device as 'cpu' or 'cuda'")
+    return "reference"
 
 
 def choose(backend: str | None, inputs: Inputs, window: Neighborhood) -> ModuleType:

@@ -46,6 +46,9 @@ WINDOW_ERRORS = [
 BACKEND_ERRORS = [
     ("backend", "cutlass", ValueError, r"backend='cutlass': expected None or one of"),
     ("backend", 3, ValueError, r"backend=3: expected None or one of \[.*'fused'"),
+    ("backend", [], ValueError, r"backend=\[\]: expected None or one of"),
+    ("backend", {"fused"}, ValueError, r"backend={'fused'}: expected None or one of"),
+    ("backend", "", ValueError, r"backend='': expected None or one of"),
 ]
 DTYPES = "expected fp16, bf16, fp32 or fp64, got"
 QKV_ERRORS = [

@@ -48,3 +48,13 @@ def test_the_scale_is_one_over_the_root_of_the_head_dimension_unless_given():
     assert checks.checked_scale("scale", None, 16) == 0.25
     assert checks.checked_scale("scale", 0.0, 16) == 0.0
     assert checks.checked_scale("scale", 2, 16) == 2
+    assert checks.checked_scale("scale", 10**300, 16) == 10**300
+
+
+@pytest.mark.parametrize("bits", [1025, 20000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_that_no_float_holds_is_refused(bits, sign):
+    # Python prints no int of 20000 bits.
+    message = f"scale=<int of {bits} bits>: expected a finite number"
+    with pytest.raises(ValueError, match=message):
+        checks.checked_scale("scale", sign * 2 ** (bits - 1), 16)

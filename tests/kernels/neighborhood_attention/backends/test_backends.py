@@ -1,6 +1,7 @@
 """What every backend promises, and the choice among them."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,6 +47,14 @@ def test_the_names_are_known():
     assert list_backends()[0] == "fused"
     assert resolve_backend("cpu") == "reference"
     assert resolve_backend("cuda") == "fused"
+    assert resolve_backend("meta") == "reference"
+
+
+@pytest.mark.parametrize("name", ["banana", "cuda:0", "", 0, None, [], torch.device("cuda")])
+def test_what_is_no_type_of_device_is_refused(name):
+    rule = "expected a type of device as 'cpu' or 'cuda'"
+    with pytest.raises(ValueError, match=f"{re.escape(f'device_type={name!r}')}: {rule}"):
+        resolve_backend(name)
 
 
 def test_attention_on_the_cpu_needs_no_triton():
