@@ -25,6 +25,7 @@ from nat_models.benchmark.measure import (
     release_memory,
 )
 from nat_models.benchmark.steps import Step
+from neighborhood_attention import list_backends
 from neighborhood_attention.tune.records import Deadline
 
 CreateModel = Callable[[Case, torch.device], nn.Module]
@@ -56,8 +57,8 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._idle:
-            worker.end()
+        while self._idle:
+            self._idle.pop().end()
 
     def measure(
         self, cases: Sequence[Case], deadline: Deadline, profile: bool = True
@@ -93,6 +94,8 @@ class Workers:
                 yield case, record
             else:
                 alone.append(case)
+        if alone:  # also without the idle ones' memory
+            self.__exit__()
         for case in alone:
             yield from self.measure([case], deadline, profile)
 
@@ -124,7 +127,9 @@ class Workers:
     ) -> None:
         kept = []
         for worker, case in zip(workers, cases, strict=True):
-            is_clean = case.execution in ("eager", "captured") and not profile
+            compiles = case.execution not in ("eager", "captured")
+            compiles |= case.attention_backend not in (None, *list_backends())
+            is_clean = not compiles and not profile
             if is_clean and worker.record["status"] in ("ok", "out of memory"):
                 worker.start("forget")
                 kept.append(worker)

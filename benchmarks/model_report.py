@@ -26,6 +26,7 @@ PEERS_TOP1 = {
     "convnext_large.fb_in22k_ft_in1k_384": 87.5,
 }
 TOP1 = PUBLISHED_TOP1 | PEERS_TOP1
+ROUGH = 0.1  # spread of rounds beyond which a figure is marked
 EXECUTIONS = {
     "eager": "eager",
     "captured": "captured by hand",
@@ -90,7 +91,7 @@ def summary(result: Record, models: Sequence[str] = TINY) -> str:
         mark = " \\*" if len({*map(_run, found.values())}) > 1 else ""
         cells = [
             "-" if m not in found
-            else value(found[m]) if found[m]["status"] == "ok"
+            else _is_rough(found[m]) * "~" + value(found[m]) if found[m]["status"] == "ok"
             else found[m]["status"].partition(":")[0]
             for m in shown
         ]  # fmt: skip
@@ -106,9 +107,15 @@ def summary(result: Record, models: Sequence[str] = TINY) -> str:
         if execution == "compiled":
             rows.append(row(f"{label}: peak GiB", _gib, found))
     notes = [_runs(conditions.values())] if conditions else []
+    if any(_is_rough(r) for found in conditions.values() for r in found.values()):
+        notes.append(f"~: its rounds differ by more than {ROUGH:.0%}.")
     if missing := [f"`{model}`" for model in models if model not in shown]:
         notes.append(f"Not measured: {', '.join(missing)}.")
     return "\n\n".join([markdown_table(["", *(f"`{m}`" for m in shown)], rows), *notes])
+
+
+def _is_rough(record: Record) -> bool:
+    return bool(record.get("spread", 0) > ROUGH)
 
 
 def _run(record: Record) -> tuple[Any, ...]:

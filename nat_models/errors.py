@@ -34,6 +34,9 @@ def faults_of_the_machine() -> Iterator[None]:
         raise RunStopped(
             f"{error}: make room and continue from what was saved last (ckpt=last)"
         ) from error
+    except RunStopped as error:  # of a loading process, with its traceback
+        *traceback, last = str(error).strip().splitlines()
+        raise RunStopped(last.partition("RunStopped: ")[2]) if traceback else error from None
     except RuntimeError as error:
         if re.search(r"Connection (closed|reset) by peer|remote process exited", str(error)):
             raise RunStopped("another process of the run ended; its message says why") from error

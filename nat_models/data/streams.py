@@ -77,6 +77,10 @@ def _noted_errors(reader: Any) -> list[str]:
     """Let timm's reader, about to begin, note in a list what it would only log."""
     errors: list[str] = []
 
+    def shard_ended(error: Exception) -> bool:
+        errors.append(f"{error.args[-1]}: {error.args[0]}")  # webdataset adds the shard
+        return goes_on(error)
+
     def goes_on(error: Exception) -> bool:
         if reader.is_training and len(errors) >= MAX_TRIES:  # perhaps for ever
             raise RunStopped(
@@ -95,6 +99,9 @@ def _noted_errors(reader: Any) -> list[str]:
     reader._lazy_init()
     *_, reading, _ = reader.ds.pipeline
     [decode_sample] = reading.args
+    for stage in reader.ds.pipeline:
+        if "handler" in getattr(stage, "kw", {}):  # the shards, the images
+            stage.kw["handler"] = shard_ended
     reading.args, reading.kw["handler"] = (read,), goes_on
     return errors
 

@@ -104,12 +104,13 @@ def _adapt(model: Any, own_size: Any, weights: dict[str, Any], size: int) -> Non
     """Let a model that is made for one size take another, each time from its own weights."""
     if not get_model_traits(model).get("fixed_input_size"):
         return
-    try:
-        model.set_input_size(own_size)
-        model.load_state_dict(weights)
-        model.set_input_size((size, size))
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"sizes={size}: {type(model).__name__} takes {own_size} alone") from error
+    if not hasattr(model, "set_input_size"):
+        if own_size == (size, size):
+            return
+        raise ValueError(f"sizes={size}: {type(model).__name__} takes {own_size} alone")
+    model.set_input_size(own_size)
+    model.load_state_dict(weights)
+    model.set_input_size((size, size))
 
 
 def _over_processes(trainer: Trainer, count: int) -> int:

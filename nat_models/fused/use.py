@@ -27,8 +27,8 @@ def using(*operations: Operation) -> Iterator[None]:
     """Run these operations fused wherever there are kernels for it, and no others.
 
     Without it they run fused on a GPU of the measured kind, where the tensors are large enough;
-    norms only in eager mode, since PyTorch's compiler makes the same of them. Code compiled under
-    one choice is compiled again under another.
+    norms only in eager mode, since PyTorch's compiler makes about the same of them. Code compiled
+    under one choice is compiled again under another.
 
     Args:
         operations: "add_layer_norm" (also alone, without an addition) and "mlp".
@@ -113,8 +113,7 @@ def _is_observed() -> bool:
     """Whether something looks inside, for which there are no rules here."""
     return (
         torch.jit.is_tracing()
-        # PyTorch 2.11 says so of all that its compiler traces.
-        or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling())
+        or torch.compiler._is_exporting_flag  # is_exporting() is True for all that 2.11 compiles
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

@@ -76,6 +76,14 @@ def test_the_summary_has_a_column_a_model_ours_first():
     assert missing == "Not measured: `dinat_tiny`, `swin_tiny_patch4_window7_224`."
 
 
+def test_figures_whose_rounds_differ_are_marked():
+    ours, peer = record("nat_tiny", 2, "fused"), record("convnext_tiny", 1)
+    text = model_report.summary(result(ours | {"spread": 0.2}, peer))
+    assert "| ~2 | 1 |" in text
+    assert "~: its rounds differ by more than 10%." in text
+    assert "~" not in model_report.summary(result(ours, peer))
+
+
 def test_figures_of_several_runs_are_marked():
     ours, peer = record("nat_tiny", 2, "fused"), record("convnext_tiny", 1)
     eager = [record(m, 1, execution="eager") for m in ("nat_tiny", "convnext_tiny")]

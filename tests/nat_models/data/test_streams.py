@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from nat_models.data import ImageDataModule
-from nat_models.errors import RunStopped
+from nat_models.errors import RunStopped, faults_of_the_machine
 
 pytest.importorskip("webdataset", reason="comes with nat-models[data]")
 SHARDS = "part-{0000..0003}.tar"  # of five images each, whose class is their number
@@ -152,9 +152,19 @@ def test_the_end_of_a_stream_tells_what_was_broken_too(shards):
     assert (len(targets), len(errors)) == (0, 5)
 
 
-def test_shards_in_which_all_is_broken_end_a_training(shards):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_in_which_all_is_broken_end_a_training(shards, workers):
     damage(shards, 5)
     for i in (1, 2, 3):
         (shards / f"part-{i:04}.tar").write_bytes((shards / "part-0000.tar").read_bytes())
-    with pytest.raises(RunStopped, match=r"10 images in a row cannot be read, the last .*part-"):
-        list(opened(shards).train_dataloader())
+    message = r"\Adata.root=.*: 10 images in a row cannot be read, the last .*part-.*\Z"
+    with pytest.raises(RunStopped, match=message), faults_of_the_machine():
+        list(opened(shards, num_workers=workers).train_dataloader())
+
+
+def test_a_shard_that_ends_early_is_told(shards):
+    whole = (shards / "part-0000.tar").read_bytes()
+    (shards / "part-0000.tar").write_bytes(whole[:700])  # within its first file
+    batches = list(opened(shards).val_dataloader())
+    told = [error for *_, errors, _ in batches for error in errors]
+    assert any(error.endswith("part-0000.tar: unexpected end of data") for error in told)

@@ -147,10 +147,11 @@ def test_evaluate_refuses_a_file_that_is_no_checkpoint(compose, checkpoint, tmp_
         evaluate(compose("eval", f"ckpt={path}", *QUIET))
 
 
-def test_a_run_pushes_its_model_if_it_is_to(compose, tmp_path):
+def test_a_run_pushes_its_model_if_it_is_to(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     options = ["debug=short", "push_to_hub=a/b", f"paths.output_dir={tmp_path}"]
     with pytest.raises(RunStopped, match=rf"push_to_hub=a/b: .*; the model is in {tmp_path}/model"):
-        run.train(compose("train", *TINY, *QUIET, *options))  # without a network
+        run.train(compose("train", *TINY, *QUIET, *options))
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
