@@ -54,7 +54,7 @@ def neighborhood_scores(
     Raises:
         ValueError: As `na2d`.
         TypeError: As `na2d`.
-        NotImplementedError: Under `torch.func`'s derivatives; in the backward for create_graph=True.
+        NotImplementedError: Under derivatives of `torch.func`; in a backward for create_graph=True.
     """
     query, key = checks.autocast(query, key)
     window, scale = checks.checked_scores(
@@ -89,7 +89,7 @@ def neighborhood_apply(
     Raises:
         ValueError: As `na2d`; K is not the product of the kernel sizes.
         TypeError: As `na2d`.
-        NotImplementedError: Under `torch.func`'s derivatives; in the backward for create_graph=True.
+        NotImplementedError: Under derivatives of `torch.func`; in a backward for create_graph=True.
     """
     (value,) = checks.autocast(value)
     dims = checks.check_dims("value", value)
