@@ -63,7 +63,6 @@ class Candidate:
     def prepare(self) -> None:
         """Build the model, compile it, warm up; note sizes, first call and peak memory."""
         with self._noting_out_of_memory():
-            self.record["status"] = "ok"
             torch.manual_seed(self.sampling.seed)
             before = self._memory_held()
             model = self.create_model(self.case, self.device)
