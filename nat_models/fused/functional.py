@@ -157,17 +157,17 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None
     ) -> Tensor:
         hidden, activated = ops.linear_gelu(x, weight1, bias1, True)
-        ctx.save_for_backward(x, weight1, hidden, activated, weight2)
+        ctx.save_for_backward(x, weight1, hidden, weight2)
         ctx.bias_dtype = bias1.dtype
         return F.linear(activated, weight2, bias2)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        x, weight1, hidden, activated, weight2 = ctx.saved_tensors
+        x, weight1, hidden, weight2 = ctx.saved_tensors
         needed = ctx.needs_input_grad
+        grad_hidden, activated, grad_bias1 = ops.gelu_linear_backward(grad_output, weight2, hidden)
         _, grad_weight2 = _linear_backward(grad_output, activated, weight2, False, needed[3])
-        grad_hidden, grad_bias1 = ops.gelu_linear_backward(grad_output, weight2, hidden)
         gradients = _linear_backward(grad_hidden, x, weight1, *needed[:2])
         grad_bias2 = grad_output.flatten(0, -2).sum(0) if needed[4] else None
         return *gradients, grad_bias1.to(ctx.bias_dtype), grad_weight2, grad_bias2

@@ -132,17 +132,18 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, with_hidden: bool) -> 
 
 
 def _gelu_linear_backward_empty(grad_output: Tensor, weight: Tensor, hidden: Tensor) -> Results:
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[-1], dtype=torch.float32)
+    grad_bias = hidden.new_empty(hidden.shape[-1], dtype=torch.float32)
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape), grad_bias
 
 
 def _gelu_linear_backward(grad_output: Tensor, weight: Tensor, hidden: Tensor) -> Results:
     from nat_models.fused.kernels import linear_gelu
 
-    grad_hidden = torch.empty_like(hidden)
+    buffers = torch.empty_like(hidden), torch.empty_like(hidden)
     if hidden.numel() == 0:
-        return grad_hidden, hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
-    grad_bias = linear_gelu.backward(_aligned(grad_output), _aligned(weight), hidden, grad_hidden)
-    return grad_hidden, grad_bias
+        return *buffers, hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
+    grad_bias = linear_gelu.backward(_aligned(grad_output), _aligned(weight), hidden, *buffers)
+    return *buffers, grad_bias
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -176,7 +177,7 @@ linear_gelu = _define(
 )
 gelu_linear_backward = _define(
     "gelu_linear_backward(Tensor grad_output, Tensor weight, Tensor hidden) "
-    "-> (Tensor grad_hidden, Tensor grad_bias)",
+    "-> (Tensor grad_hidden, Tensor activated, Tensor grad_bias)",
     _gelu_linear_backward_empty,
     _gelu_linear_backward,
 )

@@ -58,19 +58,23 @@ def forward(
     rows = x.numel() // channels
     kinds = x.dtype, bias.dtype, hidden is not None
     launch = _launch(rows, channels, width, tile, False, x.device, *kinds)
-    launch(x, weight, bias, hidden, output, None)
+    launch(x, weight, bias, hidden, output, None, None)
 
 
 def backward(
-    grad: Tensor, weight: Tensor, hidden: Tensor, grad_hidden: Tensor, tile: Tile | None = None
-) -> Tensor:
+    grad: Tensor, weight: Tensor, hidden: Tensor, grad_hidden: Tensor, activated: Tensor,
+    tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
     """Fill `grad_hidden` [..., N] through the GELU and the linear layer after it, all contiguous.
+
+    The GELU's result is computed once more: so it need not be kept for the gradient of the weight.
 
     Args:
         grad: Gradient of that layer's result, [..., K].
         weight: Weight of that layer, [K, N].
         hidden: What the GELU was taken of, [..., N].
         grad_hidden: Its gradient, to be filled.
+        activated: Its GELU, to be filled.
         tile: As chosen if None.
 
     Returns:
@@ -81,7 +85,7 @@ def backward(
     strips = triton.cdiv(rows, (tile or choose_tile(channels, True)).rows)
     parts = torch.empty((strips, width), dtype=torch.float32, device=grad.device)
     launch = _launch(rows, channels, width, tile, True, grad.device, grad.dtype)
-    launch(grad, weight, None, hidden, grad_hidden, parts)
+    launch(grad, weight, None, hidden, grad_hidden, activated, parts)
     return parts.sum(0)
 
 
@@ -110,7 +114,7 @@ def _launch(
         arguments |= {"tiles": tiles, "programs": programs}
     whole = (rows, width), (m, n)
     weight = ((channels, width), (k, n)) if is_gradient else ((width, channels), (n, k))
-    blocks = ((rows, channels), (m, k)), weight, None, whole, whole, None
+    blocks = ((rows, channels), (m, k)), weight, None, whole, whole, whole, None
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return BlockLaunch(kernel, programs, blocks, arguments, options)
 
@@ -171,7 +175,7 @@ def _address(tensor: Tensor | None, fields: dict[str, Any] | None) -> Any:
 
 @triton.jit
 def _gemm_gelu_rows_kernel(
-    x, weight, bias, hidden, output, parts,
+    x, weight, bias, hidden, output, activated, parts,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -180,12 +184,12 @@ def _gemm_gelu_rows_kernel(
     left = x.load([first, 0])
     for column in range(0, WIDTH, N):
         products = tl.dot(left, _load_weight(weight, column, 0, parts is not None))
-        _finish(products, bias, hidden, output, parts, first, column, WIDTH, M, N)
+        _finish(products, bias, hidden, output, activated, parts, first, column, WIDTH, M, N)
 
 
 @triton.jit
 def _gemm_gelu_tile_kernel(
-    x, weight, bias, hidden, output, parts,
+    x, weight, bias, hidden, output, activated, parts,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -197,12 +201,12 @@ def _gemm_gelu_tile_kernel(
     for channel in range(0, CHANNELS, K):
         right = _load_weight(weight, column, channel, parts is not None)
         products = tl.dot(x.load([first, channel]), right, products)
-    _finish(products, bias, hidden, output, parts, first, column, WIDTH, M, N)
+    _finish(products, bias, hidden, output, activated, parts, first, column, WIDTH, M, N)
 
 
 @triton.jit
 def _gemm_gelu_persistent_kernel(
-    x, weight, bias, hidden, output, parts, tiles, programs,
+    x, weight, bias, hidden, output, activated, parts, tiles, programs,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +219,7 @@ def _gemm_gelu_persistent_kernel(
         for channel in range(0, CHANNELS, K):
             right = _load_weight(weight, column, channel, parts is not None)
             products = tl.dot(x.load([first, channel]), right, products)
-        _finish(products, bias, hidden, output, parts, first, column, WIDTH, M, N)
+        _finish(products, bias, hidden, output, activated, parts, first, column, WIDTH, M, N)
 
 
 @triton.jit
@@ -226,13 +230,14 @@ def _load_weight(weight, column, channel, IS_GRADIENT: tl.constexpr):
 
 @triton.jit
 def _finish(
-    products, bias, hidden, output, parts, first, column,
+    products, bias, hidden, output, activated, parts, first, column,
     WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A tile [M, N]: bias and GELU, or with `parts` the GELU's derivative and the rows' sum."""
     columns = column + tl.arange(0, N)
     if parts is not None:
-        _, derivative = gelu_with_derivative(hidden.load([first, column]).to(tl.float32))
+        value, derivative = gelu_with_derivative(hidden.load([first, column]).to(tl.float32))
+        activated.store([first, column], value.to(activated.dtype))
         grad = products * derivative
         output.store([first, column], grad.to(output.dtype))
         tl.store(parts + first // M * WIDTH + columns, tl.sum(grad, 0), columns < WIDTH)

@@ -40,10 +40,10 @@ def test_products(channels, is_gradient):
     tile = linear_gelu.choose_tile(channels, is_gradient)
     m, n, k = tile.rows, tile.columns, tile.channels
     sizes = {"x": (m, k), "weight": (k, n) if is_gradient else (n, k)}
-    sizes |= {"hidden": (m, n), "output": (m, n)}
+    sizes |= dict.fromkeys(("hidden", "output", "activated"), (m, n))
     types = {name: f"tensordesc<bf16[{a},{b}]>" for name, (a, b) in sizes.items()}
     constants = {"WIDTH": 3 * channels, "CHANNELS": channels, "M": m, "N": n, "K": k}
-    constants["bias" if is_gradient else "parts"] = None
+    constants |= dict.fromkeys(["bias"] if is_gradient else ["activated", "parts"])
     compiled = compile_kernel(
         ways[tile.way], constants, types | {"parts": "*fp32"},
         num_warps=tile.warps, num_stages=tile.stages,
