@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels python benchmarks/scaling.py OUTPUT.json [--gpus 1 2] [--set KEY=VALUE ...]
 
 throughput  weak scaling: images a second of DDP and FSDP2 against one GPU, on random images that
-            lie on the device; bf16, compiled, the recipe's optimizer and clipping
+            lie on the device; bf16, compiled and replayed as train.py does it, the recipe's
+            optimizer and clipping
 loss        50 steps on scikit-learn's digits with one global batch, no drop path, no augmentation,
             no mixup: one GPU, one GPU in as many micro-batches as there are GPUs (which differs by
             the order of additions alone), DDP, FSDP2; in fp32 without TF32, and in bf16
@@ -241,7 +242,6 @@ def time_steps(case: Record, folder: Path) -> Record:
         "data=fake",
         "model.num_classes=1000",
         "global_batch_size=null",
-        "compile=default",
         "callbacks.best=null",
         "callbacks.recent=null",
         "callbacks.last=null",
@@ -257,7 +257,7 @@ def time_steps(case: Record, folder: Path) -> Record:
     clock = Clock(case["rounds"], case["round_steps"])
     trainer = make_trainer(cfg)
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    module.run_by(choose_execution(cfg, trainer, case["batch"], is_long=True))
+    module.run_by(choose_execution(cfg, trainer, module.model, case["batch"], is_long=True))
     shape = (case["batch"], 3, case["size"], case["size"])
     trainer.fit(module, DeviceBatches(trainer, shape, module.num_classes, clock.steps))
     images = case["round_steps"] * case["batch"] * case["gpus"]
@@ -265,6 +265,7 @@ def time_steps(case: Record, folder: Path) -> Record:
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
         "arithmetic": str(trainer.precision),
+        "execution": str(module.execution),
         "round_images": images,
         "round_seconds": clock.seconds,
         "images_per_second": images / statistics.median(clock.seconds),

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from nat_models.engine import run
+from nat_models.engine import run, sharding
 
 # 33 images: of the held-out ones the processes have 17 and 16, in three and in two batches.
 OPTIONS = [
@@ -76,8 +76,12 @@ def run_both(cfgs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_in_one_folder(compose, alone, tmp_path, strategy):
+@pytest.mark.parametrize(("strategy", "pieces"), [("ddp", 0), ("fsdp2", 1), ("fsdp2", 4)], ids=str)
+def test_two_processes_train_as_one_in_one_folder(
+    compose, alone, tmp_path, monkeypatch, strategy, pieces
+):
+    if pieces > 1:  # the processes are forked
+        monkeypatch.setattr(sharding, "MIN_PARAMETERS", 0)
     options = [*OPTIONS, "data.batch_size=8", "trainer.devices=2", f"trainer.strategy={strategy}"]
     run_both([compose("train", *options, f"paths.output_dir={tmp_path}/{rank}") for rank in (0, 1)])
     assert os.listdir(tmp_path) == ["0"]
