@@ -1,0 +1,185 @@
+"""Triton kernel of a linear layer of few rows, with what comes before and after it, in one launch.
+
+    output = [residual + gamma *] [gelu]([layer_norm](x) @ weight.T + bias)
+
+Brackets are optional: x [M, K], weight [N, K], bias and gamma [N], residual and output [M, N].
+With few rows nothing but latency counts: of launches, of loads that wait for one another, of sums
+whose terms wait for one another. So a program computes a small tile; where K fits into one block it
+loads all that it needs before it computes; and its warps may each sum a part of the channels.
+
+A launch may overlap with the end of the kernel before it in the stream (programmatic dependent
+launch): only the weight, the bias and gamma are read before that has ended.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nat_models.fused.kernels.gelu import gelu
+from neighborhood_attention.backends.triton.launch import CACHED_PROBLEMS, Launch
+
+# Channels that a normalized row may have: a program holds its rows.
+MAX_NORM_CHANNELS = 1024
+
+
+class Tile(NamedTuple):
+    """Sizes of a program's block, and how it is computed."""
+
+    rows: int
+    columns: int
+    channels: int  # of a step
+    splits: int  # parts of these, summed apart
+    warps: int
+    stages: int
+    overlaps: bool = True  # with the kernel before
+
+
+def choose_tile(rows: int, channels: int, width: int, has_norm: bool) -> Tile:
+    """By estimate: a hundred to some hundred programs, and no long sum in one warp."""
+    whole = max(16, triton.next_power_of_2(channels))
+    step = whole if has_norm or whole <= 256 else 256
+    if rows * width >= 2**18 and step <= 512:
+        m, n, splits = 32, 64, 1
+    else:
+        m, n, splits = 16, 32 if rows * width >= 2**15 else 16, 4 if whole >= 256 else 1
+    return Tile(m, n, step, splits, 4 if m * step <= 2**13 else 8, 1 if step == whole else 4)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, has_gelu: bool, gamma: Tensor | None,
+    residual: Tensor | None, output: Tensor, tile: Tile | None = None,
+) -> None:  # fmt: skip
+    """Fill `output` [..., N]; all tensors are contiguous.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N].
+        norm_weight: Scale of the norm, [K]; None for no norm.
+        norm_bias: Shift of the norm, [K].
+        eps: Added to the variance.
+        has_gelu: Whether the GELU is taken.
+        gamma: Layer scale, [N].
+        residual: What the result is added to, [..., N].
+        output: To be filled.
+        tile: As chosen if None.
+    """
+    width, channels = weight.shape
+    rows = x.numel() // channels
+    tensors = x, weight, bias, norm_weight, norm_bias, gamma, residual, output
+    dtypes = [tensor if tensor is None else tensor.dtype for tensor in tensors]
+    _launch(rows, channels, width, eps, has_gelu, tile, x.device, *dtypes)(*tensors)
+
+
+@lru_cache(CACHED_PROBLEMS)
+def _launch(
+    rows: int, channels: int, width: int, eps: float, has_gelu: bool, tile: Tile | None,
+    device: torch.device, *dtypes: Any,
+) -> Launch:  # fmt: skip
+    tile = tile or choose_tile(rows, channels, width, dtypes[3] is not None)
+    overlaps = tile.overlaps and device.type == "cuda"
+    arguments = {
+        "rows": rows, "EPS": eps, "CHANNELS": channels, "WIDTH": width, "HAS_GELU": has_gelu,
+        "M": tile.rows, "N": tile.columns, "K": tile.channels, "SPLITS": tile.splits,
+        "OVERLAPS": overlaps,
+    }  # fmt: skip
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": overlaps}
+    return Launch(_small_linear_kernel, programs, arguments, **options)
+
+
+@triton.jit
+def _small_linear_kernel(
+    x, weight, bias, norm_weight, norm_bias, gamma, residual, output, rows,
+    EPS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HAS_GELU: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One tile; tiles of the same columns follow one another. Grid: (tiles,)."""
+    row_tiles = tl.cdiv(rows, M)
+    row = tl.program_id(0) % row_tiles * M + tl.arange(0, M)
+    column = tl.program_id(0) // row_tiles * N + tl.arange(0, N)
+    if SPLITS == 1:
+        right_channel, right_column = tl.arange(0, K)[:, None], column[None, :]
+    else:
+        right_channel, right_column = _parts(K, SPLITS)[:, :, None], column[None, None, :]
+    right = weight + right_column * CHANNELS + right_channel
+    if K >= CHANNELS:
+        weights = _load(right, right_channel, right_column, CHANNELS, WIDTH)
+    if norm_weight is not None:
+        channel = tl.arange(0, K)
+        norm_scale = tl.load(norm_weight + channel, channel < CHANNELS, 0.0).to(tl.float32)
+        norm_shift = tl.load(norm_bias + channel, channel < CHANNELS, 0.0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)
+    if gamma is not None:
+        scale = tl.load(gamma + column, column < WIDTH, 0.0).to(tl.float32)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    offset = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    exists = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    if residual is not None:
+        added = tl.load(residual + offset, exists, 0.0).to(tl.float32)
+    if K >= CHANNELS:
+        left_row, left_channel = row[:, None], tl.arange(0, K)[None, :]
+        left = x + left_row.to(tl.int64) * CHANNELS + left_channel
+        values = _load(left, left_row, left_channel, rows, CHANNELS)
+        if norm_weight is not None:
+            values = _normalize(
+                values, left_channel < CHANNELS, norm_scale, norm_shift, EPS, CHANNELS
+            )
+        values = values.to(weights.dtype)
+        if SPLITS > 1:
+            values = values.reshape(M, SPLITS, K // SPLITS).permute(1, 0, 2)
+        products = tl.dot(values, weights)
+    else:
+        if SPLITS == 1:
+            left_row, left_channel = row[:, None], tl.arange(0, K)[None, :]
+            products = tl.zeros((M, N), tl.float32)
+        else:
+            left_row, left_channel = row[None, :, None], _parts(K, SPLITS)[:, None, :]
+            products = tl.zeros((SPLITS, M, N), tl.float32)
+        left = x + left_row.to(tl.int64) * CHANNELS + left_channel
+        for start in range(0, CHANNELS, K):
+            values = _load(left + start, left_row, left_channel, rows, CHANNELS - start)
+            weights = _load(right + start, right_channel, right_column, CHANNELS - start, WIDTH)
+            products = tl.dot(values, weights, products)
+    result = products if SPLITS == 1 else tl.sum(products, 0)
+    if bias is not None:
+        result += shift[None, :]
+    if HAS_GELU:
+        result = gelu(result)
+    if gamma is not None:
+        result *= scale[None, :]
+    if residual is not None:
+        result += added
+    tl.store(output + offset, result.to(output.dtype.element_ty), exists)
+
+
+@triton.jit
+def _parts(K: tl.constexpr, SPLITS: tl.constexpr):
+    """Channels of a block, [SPLITS, K // SPLITS]."""
+    return tl.arange(0, SPLITS)[:, None] * (K // SPLITS) + tl.arange(0, K // SPLITS)[None, :]
+
+
+@triton.jit
+def _load(pointers, i, j, count_i, count_j):
+    """A block, 0 where an index is none."""
+    return tl.load(pointers, (i < count_i) & (j < count_j), 0.0)
+
+
+@triton.jit
+def _normalize(values, exists, scale, shift, EPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """LayerNorm of rows, in fp32."""
+    values = values.to(tl.float32)
+    mean = tl.sum(values, 1, True) / CHANNELS
+    centered = tl.where(exists, values - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1, True) / CHANNELS + EPS)
+    return centered * rstd * scale[None, :] + shift[None, :]
