@@ -83,7 +83,7 @@ def norm(rows: int, channels: int, device: str, has_branch: bool = False) -> Pai
 
     added = fused.Branch(branch) if has_branch else None
     return Pair(
-        lambda: fused.add_layer_norm(x, added, weight, bias, 1e-5),
+        lambda: fused.add_layer_norm(x, added, fused.Norm(weight, bias, 1e-5)),
         torch_norm, exact, part, (4 if has_branch else 2) * x.nbytes,
     )  # fmt: skip
 
@@ -100,11 +100,12 @@ def norm_backward(rows: int, channels: int, device: str) -> Pair:
     weight, bias = draw(device, 2, channels, dtype=torch.float32)
     part = slice(-2048, None)
     backward = torch.ops.aten.native_layer_norm_backward
-    _, *statistics = torch.native_layer_norm(total, (channels,), weight, bias, 1e-5)
+    _, mean, rstd = torch.native_layer_norm(total, (channels,), weight, bias, 1e-5)
+    standardized = ((total - mean) * rstd).to(grad.dtype)
 
     def torch_backward() -> tuple[Tensor, ...]:
         found = backward(
-            grad.float(), total, [channels], *statistics, weight, bias, [True, True, True]
+            grad.float(), total, [channels], mean, rstd, weight, bias, [True, True, True]
         )
         found[0].add_(grad_total)
         return found[0], found[0].to(grad.dtype)
@@ -117,9 +118,10 @@ def norm_backward(rows: int, channels: int, device: str) -> Pair:
     settings = total.dtype, grad.dtype
     return Pair(
         lambda: ops.add_layer_norm_backward(
-            total, grad, None, None, weight, 1e-5, grad_total, grad, *settings
+            standardized, rstd.flatten(), None, None, None, weight, bias, grad_total, grad,
+            *settings,
         )[:2],
-        torch_backward, exact, part, 3 * total.nbytes + 2 * grad.nbytes,
+        torch_backward, exact, part, 2 * total.nbytes + 4 * grad.nbytes,
     )  # fmt: skip
 
 
@@ -285,7 +287,8 @@ def host_times(device: str) -> Iterator[Record]:
 class _AddNorm(nn.LayerNorm):
     def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         if fused.norm_is_used(x):
-            return fused.add_layer_norm(x, fused.Branch(branch), self.weight, self.bias, self.eps)
+            norm = fused.Norm(self.weight, self.bias, self.eps)
+            return fused.add_layer_norm(x, fused.Branch(branch), norm)
         x = x + branch
         return x, super().forward(x)
 

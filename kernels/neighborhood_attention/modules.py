@@ -1,7 +1,7 @@
 """Neighborhood attention as modules: projections around the operator."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -136,22 +136,36 @@ class _NeighborhoodAttention(nn.Module):
         for axis in range(dims):
             missing = max(0, self.extent[dims - 1 - axis] - sizes[dims - 1 - axis])
             padding += [0, missing]
-        is_padded = sum(padding) > 0
-        if is_padded:
-            if not self.pad_small_inputs:
-                raise ValueError(
-                    f"x: expected at least kernel_size {self.kernel_size} * dilation "
-                    f"{self.dilation} tokens, got shape {x.shape}; see pad_small_inputs"
-                )
-            x = F.pad(x, padding)
-        x = self._attend(self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]))
-        if is_padded:
-            for axis in range(dims):
-                x = x.narrow(axis + 1, 0, sizes[axis])
+        if sum(padding) == 0:
+            return self.attend(self.qkv(x))
+        if not self.pad_small_inputs:
+            raise ValueError(
+                f"x: expected at least kernel_size {self.kernel_size} * dilation "
+                f"{self.dilation} tokens, got shape {x.shape}; see pad_small_inputs"
+            )
+        x = self._attend(self.qkv(F.pad(x, padding)))
+        for axis in range(dims):
+            x = x.narrow(axis + 1, 0, sizes[axis])
+        return self._project(x)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """What `forward` does after `self.qkv`, for a map that is not to be padded.
+
+        Args:
+            qkv: Result of `self.qkv`, [B, *spatial, 3 * embed_dim].
+        """
+        return self._project(self._attend(qkv))
+
+    def is_padded(self, sizes: Sequence[int]) -> bool:
+        """Whether a map of these sizes is smaller than kernel_size * dilation."""
+        return any(size < extent for size, extent in zip(sizes, self.extent, strict=True))
+
+    def _project(self, x: Tensor) -> Tensor:
         x = self.proj_drop(self.proj(x.flatten(-2)))
         return x
 
     def _attend(self, qkv: Tensor) -> Tensor:
+        qkv = qkv.unflatten(-1, [3, self.num_heads, self.head_dim])
         if self.training and self.attn_drop.p > 0:
             query, key, value = qkv.unbind(-3)
             scores = torch.ops.neighborhood_attention.scores(

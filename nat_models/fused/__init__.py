@@ -1,6 +1,15 @@
 """Operations in fewer passes over memory than PyTorch makes of them, in Triton."""
 
-from nat_models.fused.functional import Branch, add, add_layer_norm, layer_norm, mlp
+from nat_models.fused.functional import (
+    Branch,
+    Norm,
+    add,
+    add_layer_norm,
+    add_norm_linear,
+    add_norm_mlp,
+    layer_norm,
+    mlp,
+)
 from nat_models.fused.modules import LayerNorm, Mlp, is_observed
 from nat_models.fused.use import mlp_is_used, norm_is_used, using
 
@@ -8,8 +17,11 @@ __all__ = [
     "Branch",
     "LayerNorm",
     "Mlp",
+    "Norm",
     "add",
     "add_layer_norm",
+    "add_norm_linear",
+    "add_norm_mlp",
     "is_observed",
     "layer_norm",
     "mlp",

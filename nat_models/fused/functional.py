@@ -18,22 +18,21 @@ class Branch(NamedTuple):
     keep: Tensor | None = None  # factors of stochastic depth (arXiv:1603.09382), [B]; no gradient
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm (arXiv:1607.06450) over the last axis, `torch.nn.functional.layer_norm`.
+class Norm(NamedTuple):
+    """A LayerNorm (arXiv:1607.06450) over the last axis."""
 
-    Args:
-        x: [..., C].
-        weight: Scale, [C].
-        bias: Shift, [C].
-        eps: Added to the variance.
-    """
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    eps: float  # added to the variance
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm of a map [..., C], `torch.nn.functional.layer_norm`."""
     dtype = x.dtype if autocast_dtype(x) is None else torch.float32
-    return _add_layer_norm(x, None, None, None, weight, bias, eps, dtype)[1]
+    return _add_layer_norm(x, None, norm, dtype)[1]
 
 
-def add_layer_norm(
-    x: Tensor, branch: Branch | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, branch: Branch | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """The addition of a residual branch, and the LayerNorm of the sum, which the next one takes.
 
     Under autocast the norm is in autocast's dtype instead of fp32: the linear layer that a branch
@@ -42,18 +41,56 @@ def add_layer_norm(
     Args:
         x: [B, ..., C].
         branch: What to add; None for nothing.
-        weight: Scale of the norm, [C].
-        bias: Shift of the norm, [C].
-        eps: Added to the variance.
+        norm: What to make of the sum.
 
     Returns:
         The sum, in the dtype of its terms, and its norm.
     """
-    dtype = autocast_dtype(x)
-    if branch is None:
-        return x, _add_layer_norm(x, None, None, None, weight, bias, eps, dtype or x.dtype)[1]
-    dtype = dtype or torch.promote_types(x.dtype, branch.values.dtype)
-    return _add_layer_norm(x, *branch, weight, bias, eps, dtype)
+    total, normalized = _add_layer_norm(x, branch, norm, _dtype_of_norm(x, branch))
+    return (x if branch is None else total), normalized
+
+
+def add_norm_linear(
+    x: Tensor, branch: Branch | None, norm: Norm, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm`, and a linear layer that takes the norm, which is not kept for a gradient.
+
+    Args:
+        x: [B, ..., C].
+        branch: What to add; None for nothing.
+        norm: What to make of the sum.
+        weight: [N, C].
+        bias: [N].
+
+    Returns:
+        The sum, and the linear layer's result.
+    """
+    arguments = weight, bias, *_addends(x, branch), *norm, _dtype_of_norm(x, branch)
+    if _needs_gradient(*arguments[:-2]):
+        total, output = _AddNormLinear.apply(*arguments)
+    else:
+        total, normalized, *_ = ops.add_layer_norm(*arguments[2:], False)
+        output = F.linear(normalized, weight, bias)
+    return (x if branch is None else total), output
+
+
+def add_norm_mlp(
+    x: Tensor, branch: Branch | None, norm: Norm,
+    weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`add_layer_norm`, and an `mlp` that takes the norm, which is not kept for a gradient.
+
+    Returns:
+        The sum, and the MLP's result.
+    """
+    layers = weight1, bias1, weight2, bias2
+    arguments = *layers, *_addends(x, branch), *norm, _dtype_of_norm(x, branch)
+    if _needs_gradient(*arguments[:-2]):
+        total, output = _AddNormMlp.apply(*arguments)
+    else:
+        total, normalized, *_ = ops.add_layer_norm(*arguments[4:], False)
+        output = mlp(normalized, *layers)
+    return (x if branch is None else total), output
 
 
 def add(x: Tensor, branch: Branch | None) -> Tensor:
@@ -87,10 +124,24 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return F.linear(ops.linear_gelu(*arguments[:3], False)[1], *arguments[3:])
 
 
-def _add_layer_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if _needs_gradient(*arguments[:6]):
+def _add_layer_norm(
+    x: Tensor, branch: Branch | None, norm: Norm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    arguments = *_addends(x, branch), *norm, dtype
+    if _needs_gradient(*arguments[:-2]):
         return _AddLayerNorm.apply(*arguments)  # type: ignore[no-any-return]
-    return ops.add_layer_norm(*arguments)  # type: ignore[no-any-return]
+    total, normalized, *_ = ops.add_layer_norm(*arguments, False)
+    return total, normalized
+
+
+def _addends(x: Tensor, branch: Branch | None) -> tuple[Any, ...]:
+    return x, *(branch or (None, None, None))
+
+
+def _dtype_of_norm(x: Tensor, branch: Branch | None) -> torch.dtype:
+    """That of the linear layer after it."""
+    addends = x.dtype if branch is None else torch.promote_types(x.dtype, branch.values.dtype)
+    return autocast_dtype(x) or addends
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -108,77 +159,138 @@ def _refuse_second_derivative() -> None:
         )
 
 
+def _norm_forward(
+    ctx: Any, x: Tensor, branch: Any, gamma: Any, keep: Any, weight: Tensor, bias: Tensor,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The sum, its norm, and what `_norm_backward` needs of tensors."""
+    total, normalized, standardized, rstd = ops.add_layer_norm(
+        x, branch, gamma, keep, weight, bias, eps, dtype, True
+    )
+    ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+    branch = None if gamma is None else branch
+    return total, normalized, (standardized, rstd, branch, gamma, keep, weight, bias)
+
+
+def _norm_backward(
+    ctx: Any, kept: Any, grad_total: Tensor, grad_normalized: Tensor, norm_needed: bool
+) -> tuple[Any, ...]:
+    """The norm, if it is needed, and the gradients of what `_norm_forward` was given."""
+    standardized, rstd, branch, gamma, keep, weight, bias = kept
+    x_dtype, branch_dtype = ctx.dtypes
+    has_branch = branch_dtype is not None
+    # Where the branch is added as it is, one gradient is that of both.
+    is_shared = gamma is None and keep is None and branch_dtype == x_dtype
+    grad_x, grad_branch, normalized, parameters = ops.add_layer_norm_backward(
+        standardized, rstd, branch, gamma, keep, weight, bias if norm_needed else None,
+        grad_total if has_branch else None, grad_normalized, x_dtype,
+        None if is_shared else branch_dtype,
+    )  # fmt: skip
+    if not has_branch or is_shared:
+        grad_branch = grad_x if is_shared else None
+    grad_gamma = None if gamma is None else parameters[2]
+    return normalized, grad_x, grad_branch, grad_gamma, None, *parameters[:2], None, None
+
+
 class _AddLayerNorm(torch.autograd.Function):
+    """PyTorch casts a gradient to the type of what it is of, here and below."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, branch: Any, gamma: Any, keep: Any, weight: Tensor, bias: Tensor,
-        eps: float, dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        total, normalized = ops.add_layer_norm(x, branch, gamma, keep, weight, bias, eps, dtype)
-        ctx.set_materialize_grads(False)
-        ctx.eps = eps
-        ctx.dtypes = x.dtype, None if branch is None else branch.dtype, weight.dtype, bias.dtype
-        ctx.save_for_backward(
-            x if branch is None else total, None if gamma is None else branch, gamma, keep, weight
-        )
+    def forward(ctx: Any, *norm: Any) -> tuple[Tensor, Tensor]:
+        total, normalized, kept = _norm_forward(ctx, *norm)
+        ctx.save_for_backward(*kept)
         return total, normalized
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Any, grad_normalized: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor, grad_normalized: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative()
-        total, branch, gamma, keep, weight = ctx.saved_tensors
-        x_dtype, branch_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        if grad_normalized is None:  # nothing has used the norm
-            grad_normalized = torch.zeros_like(total)
-        # Where the branch is added as it is, one gradient is that of both.
-        is_shared = gamma is None and keep is None and branch_dtype == x_dtype
-        grad_x, grad_branch, parameters = ops.add_layer_norm_backward(
-            total, branch, gamma, keep, weight, ctx.eps,
-            None if branch_dtype is None else grad_total, grad_normalized, x_dtype,
-            None if is_shared else branch_dtype,
-        )  # fmt: skip
-        return (
-            grad_x,
-            grad_x if is_shared else grad_branch if branch_dtype is not None else None,
-            parameters[2].to(gamma.dtype) if gamma is not None else None,
-            None,
-            parameters[0].to(weight_dtype),
-            parameters[1].to(bias_dtype),
-            None,
-            None,
+        _, *gradients = _norm_backward(ctx, ctx.saved_tensors, grad_total, grad_normalized, False)
+        return tuple(gradients)
+
+
+class _AddNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Any, *norm: Any) -> tuple[Tensor, Tensor]:
+        total, normalized, kept = _norm_forward(ctx, *norm)
+        weight, bias = _cast(normalized.dtype, weight, bias)
+        ctx.save_for_backward(weight, *kept)
+        return total, F.linear(normalized, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, grad_output: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative()
+        weight, *kept = ctx.saved_tensors
+        weight_needed, bias_needed, *_ = ctx.needs_input_grad
+        rows = _rows(grad_output)
+        normalized, *gradients = _norm_backward(ctx, kept, grad_total, rows @ weight, weight_needed)
+        grad_weight = rows.T @ normalized if weight_needed else None
+        return grad_weight, rows.sum(0) if bias_needed else None, *gradients
+
+
+class _AddNormMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Any, *norm: Any
+    ) -> tuple[Tensor, Tensor]:
+        total, normalized, kept = _norm_forward(ctx, *norm)
+        weight1, bias1, weight2, bias2 = _cast(normalized.dtype, weight1, bias1, weight2, bias2)
+        hidden, activated = ops.linear_gelu(normalized, weight1, bias1, True)
+        ctx.save_for_backward(hidden, weight1, weight2, *kept)
+        return total, F.linear(activated, weight2, bias2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, grad_output: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative()
+        hidden, weight1, weight2, *kept = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad_hidden, *others = _gelu_linear_backward(grad_output, weight2, hidden, *needed[2:4])
+        normalized, *gradients = _norm_backward(
+            ctx, kept, grad_total, grad_hidden @ weight1, needed[0]
         )
+        grad_weight1 = grad_hidden.T @ normalized if needed[0] else None
+        return grad_weight1, *others, *gradients
 
 
 class _Mlp(torch.autograd.Function):
-    """The backward goes through the second layer and the GELU in one pass."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None
     ) -> Tensor:
         hidden, activated = ops.linear_gelu(x, weight1, bias1, True)
-        ctx.save_for_backward(x, weight1, hidden, weight2)
-        ctx.bias_dtype = bias1.dtype
+        ctx.save_for_backward(x, hidden, weight1, weight2)
         return F.linear(activated, weight2, bias2)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        x, weight1, hidden, weight2 = ctx.saved_tensors
+        x, hidden, weight1, weight2 = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        grad_hidden, activated, grad_bias1 = ops.gelu_linear_backward(grad_output, weight2, hidden)
-        _, grad_weight2 = _linear_backward(grad_output, activated, weight2, False, needed[3])
-        gradients = _linear_backward(grad_hidden, x, weight1, *needed[:2])
-        grad_bias2 = grad_output.flatten(0, -2).sum(0) if needed[4] else None
-        return *gradients, grad_bias1.to(ctx.bias_dtype), grad_weight2, grad_bias2
+        grad_hidden, *others = _gelu_linear_backward(grad_output, weight2, hidden, *needed[3:])
+        grad_x = (grad_hidden @ weight1).view(x.shape) if needed[0] else None
+        return grad_x, grad_hidden.T @ _rows(x) if needed[1] else None, *others
 
 
-def _linear_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor, x_needed: bool, weight_needed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a linear layer's input and weight."""
-    rows = grad_output.flatten(0, -2)
+def _gelu_linear_backward(
+    grad_output: Tensor, weight: Tensor, hidden: Tensor, weight_needed: bool, bias_needed: bool
+) -> tuple[Any, ...]:
+    """Through an MLP's second layer and the GELU in one pass.
+
+    Returns:
+        Gradients of `hidden`, as rows, of the first layer's bias, the second's weight and its bias.
+    """
+    grad_hidden, activated, grad_bias = ops.gelu_linear_backward(grad_output, weight, hidden)
+    rows = _rows(grad_output)
     return (
-        (rows @ weight).view(x.shape) if x_needed else None,
-        rows.T @ x.flatten(0, -2) if weight_needed else None,
+        _rows(grad_hidden),
+        grad_bias,
+        rows.T @ _rows(activated) if weight_needed else None,
+        rows.sum(0) if bias_needed else None,
     )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
+
+
+def _cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+    return [x if x is None else x.to(dtype) for x in tensors]

@@ -7,7 +7,7 @@ from timm import layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nat_models.fused.functional import layer_norm, mlp
+from nat_models.fused.functional import Branch, Norm, add_norm_mlp, layer_norm, mlp
 from nat_models.fused.use import mlp_is_used, norm_is_used
 
 
@@ -22,7 +22,7 @@ class LayerNorm(nn.LayerNorm):
         if torch.jit.is_scripting():
             x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         elif norm_is_used(x):
-            x = layer_norm(x, self.weight, self.bias, self.eps)
+            x = layer_norm(x, Norm(self.weight, self.bias, self.eps))
         else:
             x = super().forward(x)
         return x
@@ -36,7 +36,7 @@ class Mlp(layers.Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token."""
-        if not torch.jit.is_scripting() and self._is_fused(x):
+        if not torch.jit.is_scripting() and self.is_fused(x):
             x = self._fused_forward(x)
         else:
             x = self.drop1(self.act(self.fc1(x)))
@@ -45,7 +45,8 @@ class Mlp(layers.Mlp):
         return x
 
     @torch.jit.ignore
-    def _is_fused(self, x: Tensor) -> bool:
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether a map runs fused: none of the modules checked here is called then."""
         first, activation, drop, second = self._layers()
         return (
             type(first) is type(second) is nn.Linear
@@ -61,6 +62,16 @@ class Mlp(layers.Mlp):
     def _fused_forward(self, x: Tensor) -> Tensor:
         first, _, _, second = self._layers()
         return mlp(x, first.weight, first.bias, second.weight, second.bias)
+
+    @torch.jit.ignore
+    def forward_from_sum(
+        self, x: Tensor, branch: Branch | None, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """`add_layer_norm` and this MLP of the norm, where `is_fused`; returns the sum too."""
+        first, _, _, second = self._layers()
+        weights = first.weight, first.bias, second.weight, second.bias
+        total, values = add_norm_mlp(x, branch, norm, *weights)
+        return total, self.drop2(values)
 
     def _layers(self) -> list[Any]:
         """What is fused; so the host finds them in a third of the time of `self.fc1`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("nat_models", "DEF")
-Results = tuple[Tensor | None, ...]
+Results = tuple[Any, ...]  # tensors, None for what is not there
 
 
 def _define(
@@ -65,54 +65,62 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_layer_norm_empty(
     x: Tensor, branch: Tensor | None, gamma: Any, keep: Any, weight: Any, bias: Any, eps: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype, for_gradient: bool,
 ) -> Results:  # fmt: skip
-    total = None
+    total = standardized = rstd = None
     if branch is not None:
         total = _empty(x, torch.promote_types(x.dtype, branch.dtype))
-    return total, _empty(x, dtype)
+    if for_gradient:
+        sum_dtype = x.dtype if total is None else total.dtype
+        standardized = _empty(x, min(dtype, sum_dtype, key=lambda dtype: dtype.itemsize))
+        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return total, _empty(x, dtype), standardized, rstd
 
 
-def _add_layer_norm(x: Tensor, branch: Any, *others: Any) -> Results:
+def _add_layer_norm(
+    x: Tensor, branch: Any, gamma: Any, keep: Any, weight: Tensor, bias: Tensor, eps: float,
+    *others: Any,
+) -> Results:  # fmt: skip
     from nat_models.fused.kernels import layer_norm
 
-    results = _add_layer_norm_empty(x, branch, *others)
+    results = _add_layer_norm_empty(x, branch, gamma, keep, weight, bias, eps, *others)
     if x.numel() > 0:
-        layer_norm.forward(x.contiguous(), _contiguous(branch), *others[:-1], *results)
+        branch = _contiguous(branch)
+        layer_norm.forward(x.contiguous(), branch, gamma, keep, weight, bias, eps, *results)
     return results
 
 
 def _add_layer_norm_backward_empty(
-    total: Tensor, branch: Any, gamma: Tensor | None, keep: Any, weight: Tensor, eps: float,
-    grad_total: Any, grad_normalized: Any, dtype: torch.dtype, branch_dtype: torch.dtype | None,
+    standardized: Tensor, rstd: Any, branch: Any, gamma: Tensor | None, keep: Any, weight: Tensor,
+    bias: Tensor | None, grad_total: Any, grad_normalized: Tensor, dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
 ) -> Results:  # fmt: skip
     return (
-        *_gradient_buffers(total, dtype, branch_dtype),
+        _empty(standardized, dtype),
+        None if branch_dtype is None else _empty(standardized, branch_dtype),
+        None if bias is None else _empty(grad_normalized, grad_normalized.dtype),
         weight.new_empty((2 if gamma is None else 3, *weight.shape), dtype=torch.float32),
     )
 
 
-def _gradient_buffers(
-    total: Tensor, dtype: torch.dtype, branch_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    return _empty(total, dtype), None if branch_dtype is None else _empty(total, branch_dtype)
-
-
 def _add_layer_norm_backward(
-    total: Tensor, branch: Any, gamma: Tensor | None, keep: Any, weight: Tensor, eps: float,
-    grad_total: Any, grad_normalized: Tensor, dtype: torch.dtype, branch_dtype: Any,
+    standardized: Tensor, rstd: Tensor, branch: Any, gamma: Any, keep: Any, weight: Tensor,
+    bias: Any, grad_total: Any, grad_normalized: Tensor, *dtypes: Any,
 ) -> Results:  # fmt: skip
     from nat_models.fused.kernels import layer_norm
 
-    buffers = _gradient_buffers(total, dtype, branch_dtype)
-    if total.numel() == 0:
-        shape = 2 if gamma is None else 3, *weight.shape
-        return *buffers, weight.new_zeros(shape, dtype=torch.float32)
-    parameters = layer_norm.backward(
-        total.contiguous(), _contiguous(branch), gamma, keep, weight, eps,
-        _contiguous(grad_total), grad_normalized.contiguous(), *buffers,
-    )  # fmt: skip
-    return *buffers, parameters
+    others = gamma, keep, weight, bias
+    results = _add_layer_norm_backward_empty(
+        standardized, rstd, branch, *others, grad_total, grad_normalized, *dtypes
+    )
+    if standardized.numel() == 0:
+        results[-1].zero_()
+    else:
+        layer_norm.backward(
+            standardized, rstd, _contiguous(branch), *others,
+            _contiguous(grad_total), grad_normalized.contiguous(), *results,
+        )  # fmt: skip
+    return results
 
 
 def _linear_gelu_empty(
@@ -158,14 +166,16 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 add_layer_norm = _define(
     "add_layer_norm(Tensor x, Tensor? branch, Tensor? gamma, Tensor? keep, Tensor weight, "
-    "Tensor bias, float eps, ScalarType dtype) -> (Tensor total, Tensor normalized)",
+    "Tensor bias, float eps, ScalarType dtype, bool for_gradient) "
+    "-> (Tensor total, Tensor normalized, Tensor standardized, Tensor rstd)",
     _add_layer_norm_empty,
     _add_layer_norm,
 )
 add_layer_norm_backward = _define(
-    "add_layer_norm_backward(Tensor total, Tensor? branch, Tensor? gamma, Tensor? keep, "
-    "Tensor weight, float eps, Tensor? grad_total, Tensor grad_normalized, ScalarType dtype, "
-    "ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor)",
+    "add_layer_norm_backward(Tensor standardized, Tensor rstd, Tensor? branch, Tensor? gamma, "
+    "Tensor? keep, Tensor weight, Tensor? bias, Tensor? grad_total, Tensor grad_normalized, "
+    "ScalarType dtype, ScalarType? branch_dtype) "
+    "-> (Tensor grad_x, Tensor grad_branch, Tensor normalized, Tensor grad_parameters)",
     _add_layer_norm_backward_empty,
     _add_layer_norm_backward,
 )

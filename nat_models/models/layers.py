@@ -108,14 +108,40 @@ class TransformerBlock(nn.Module):
         Returns:
             The map, and what is left to add.
         """
-        x, normalized = _add_norm(x, branch, self.norm1)
-        branch = _branch(self.attn(normalized), self.ls1, self.drop_path1)
-        x, normalized = _add_norm(x, branch, self.norm2)
-        return x, _branch(self.mlp(normalized), self.ls2, self.drop_path2)
+        x, values = _attend(x, branch, self.norm1, self.attn)
+        branch = _branch(values, self.ls1, self.drop_path1)
+        x, values = _feed_forward(x, branch, self.norm2, self.mlp)
+        return x, _branch(values, self.ls2, self.drop_path2)
 
 
-def _add_norm(x: Tensor, branch: fused.Branch | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return fused.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
+def _attend(
+    x: Tensor, branch: fused.Branch | None, norm: nn.LayerNorm, attn: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """The sum, and the attention after its norm."""
+    parameters = fused.Norm(norm.weight, norm.bias, norm.eps)
+    if (
+        type(attn) is NeighborhoodAttention2D
+        and not attn.is_padded(x.shape[1:3])
+        and not fused.is_observed(attn)
+        and type(attn.qkv) is nn.Linear
+        and not fused.is_observed(attn.qkv)
+    ):
+        x, qkv = fused.add_norm_linear(x, branch, parameters, attn.qkv.weight, attn.qkv.bias)
+        return x, attn.attend(qkv)
+    x, normalized = fused.add_layer_norm(x, branch, parameters)
+    return x, attn(normalized)
+
+
+def _feed_forward(
+    x: Tensor, branch: fused.Branch | None, norm: nn.LayerNorm, mlp: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """The sum, and the MLP after its norm."""
+    parameters = fused.Norm(norm.weight, norm.bias, norm.eps)
+    if type(mlp) is fused.Mlp and not fused.is_observed(mlp) and mlp.is_fused(x):
+        total, values = mlp.forward_from_sum(x, branch, parameters)
+        return total, values
+    x, normalized = fused.add_layer_norm(x, branch, parameters)
+    return x, mlp(normalized)
 
 
 def _branch(values: Tensor, scale: nn.Module, drop_path: nn.Module) -> fused.Branch:

@@ -1,12 +1,14 @@
 """Triton kernels of a residual addition with the LayerNorm after it, in one pass over the rows.
 
     sum = x + gamma * keep[sample] * branch          (sum = x where there is no branch)
-    normalized = (sum - mean) * rstd * weight + bias
+    standardized = (sum - mean) * rstd
+    normalized = standardized * weight + bias
 
 gamma is a layer scale (arXiv:2103.17239), keep the factor of stochastic depth (arXiv:1603.09382).
-A program holds several whole rows, in fp32. The backward recomputes the statistics from `sum`; its
-programs walk over the rows, each adding up its part of the parameters' gradients in registers; the
-parts are summed afterwards, in a fixed order.
+A program holds several whole rows, in fp32. The backward needs `standardized` and rstd alone, and
+gives `normalized` once more, so that neither it nor `sum` need be kept. Its programs walk over the
+rows, each adding up its part of the parameters' gradients in registers; the parts are summed
+afterwards, in a fixed order.
 """
 
 from functools import lru_cache
@@ -30,40 +32,43 @@ WAVES = 8
 
 def forward(
     x: Tensor, branch: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, total: Tensor, normalized: Tensor,
+    weight: Tensor, bias: Tensor, eps: float, total: Tensor | None, normalized: Tensor,
+    standardized: Tensor | None, rstd: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill `total` (empty without a branch) and `normalized` from contiguous tensors [..., C]."""
+    """Fill the last four from contiguous tensors [..., C]; `rstd` is [...].
+
+    `total` is None without a branch, the last two where no gradient will be needed.
+    """
     rows = x.numel() // x.shape[-1]
     samples = rows // keep.numel() if keep is not None else 1
     _forward_launch(
-        rows, x.shape[-1], samples, eps, *_kinds(x, branch, gamma, keep, weight, total)
-    )(x, branch, gamma, keep, weight, bias, total if branch is not None else None, normalized)
+        rows, x.shape[-1], samples, eps,
+        *_kinds(x, branch, gamma, keep, weight, total, normalized, standardized),
+    )(x, branch, gamma, keep, weight, bias, total, normalized, standardized, rstd)  # fmt: skip
 
 
 def backward(
-    total: Tensor, branch: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    weight: Tensor, eps: float, grad_total: Tensor | None, grad_normalized: Tensor,
-    grad_x: Tensor, grad_branch: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Fill the gradients of `x` and `branch`; those of weight, bias and gamma are returned.
+    standardized: Tensor, rstd: Tensor, branch: Tensor | None, gamma: Tensor | None,
+    keep: Tensor | None, weight: Tensor, bias: Tensor | None, grad_total: Tensor | None,
+    grad_normalized: Tensor, grad_x: Tensor, grad_branch: Tensor | None,
+    normalized: Tensor | None, grad_parameters: Tensor,
+) -> None:  # fmt: skip
+    """Fill the last four from contiguous tensors.
 
-    Returns:
-        [2, C] or with gamma [3, C], fp32.
+    `grad_parameters` is [2, C] of weight and bias or [3, C] of gamma too, fp32; `normalized` needs
+    `bias`.
     """
-    channels = total.shape[-1]
-    rows = total.numel() // channels
+    channels = standardized.shape[-1]
+    rows = standardized.numel() // channels
     samples = rows // keep.numel() if keep is not None else 1
-    programs = _backward_programs(rows, channels, total.device)
-    parts = torch.empty(
-        (2 if gamma is None else 3, programs, channels), dtype=torch.float32, device=total.device
-    )
-    _backward_launch(
-        rows, channels, samples, programs, eps,
-        *_kinds(total, branch, gamma, keep, weight, grad_total, grad_normalized, grad_branch),
-    )(
-        total, branch, gamma, keep, weight, grad_total, grad_normalized, grad_x, grad_branch, parts
+    programs = _backward_programs(rows, channels, standardized.device)
+    parts = grad_parameters.new_empty((len(grad_parameters), programs, channels))
+    tensors = (
+        standardized, rstd, branch, gamma, keep, weight, bias, grad_total, grad_normalized,
+        grad_x, grad_branch, normalized,
     )  # fmt: skip
-    return parts.sum(1)
+    _backward_launch(rows, channels, samples, programs, *_kinds(*tensors))(*tensors, parts)
+    torch.sum(parts, 1, out=grad_parameters)
 
 
 def _kinds(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -100,13 +105,11 @@ def _forward_launch(rows: int, channels: int, samples: int, eps: float, *_: Any)
 
 
 @lru_cache(CACHED_PROBLEMS)
-def _backward_launch(
-    rows: int, channels: int, samples: int, programs: int, eps: float, *_: Any
-) -> Launch:
+def _backward_launch(rows: int, channels: int, samples: int, programs: int, *_: Any) -> Launch:
     block_rows, block_columns = _block(channels)
     arguments = {
         "rows": rows, "rows_per_sample": samples, "blocks": triton.cdiv(rows, block_rows),
-        "programs": programs, "EPS": eps, "CHANNELS": channels,
+        "programs": programs, "CHANNELS": channels,
         "ROWS": block_rows, "COLUMNS": block_columns,
     }  # fmt: skip
     return Launch(_layer_norm_backward_kernel, programs, arguments, num_warps=_warps(block_columns))
@@ -118,7 +121,8 @@ def _warps(columns: int) -> int:
 
 @triton.jit
 def _layer_norm_forward_kernel(
-    x, branch, gamma, keep, weight, bias, total, normalized, rows, rows_per_sample,
+    x, branch, gamma, keep, weight, bias, total, normalized, standardized, rstd,
+    rows, rows_per_sample,
     EPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows. Grid: (ceil(rows / ROWS),)."""
@@ -133,22 +137,30 @@ def _layer_norm_forward_kernel(
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + offset, rounded, exists)
         values = rounded.to(tl.float32)
-    centered, rstd = _standardize(values, is_column, EPS, CHANNELS)
+    mean = tl.sum(values, 1) / CHANNELS
+    centered = tl.where(is_column, values - mean[:, None], 0.0)
+    factor = tl.rsqrt(tl.sum(centered * centered, 1) / CHANNELS + EPS)
+    values = centered * factor[:, None]
+    if standardized is not None:
+        tl.store(standardized + offset, values.to(standardized.dtype.element_ty), exists)
+        tl.store(rstd + row, factor, row < rows)
     scale = tl.load(weight + column, is_column, 0.0).to(tl.float32)
     shift = tl.load(bias + column, is_column, 0.0).to(tl.float32)
-    result = centered * rstd[:, None] * scale + shift
+    result = values * scale + shift
     tl.store(normalized + offset, result.to(normalized.dtype.element_ty), exists)
 
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    total, branch, gamma, keep, weight, grad_total, grad_normalized, grad_x, grad_branch, parts,
-    rows, rows_per_sample, blocks, programs,
-    EPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    standardized, rstd, branch, gamma, keep, weight, bias, grad_total, grad_normalized,
+    grad_x, grad_branch, normalized, parts, rows, rows_per_sample, blocks, programs,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Every `programs`-th block of ROWS rows. Grid: (programs,)."""
     column, is_column = _columns(CHANNELS, COLUMNS)
     scale = tl.load(weight + column, is_column, 0.0).to(tl.float32)
+    if normalized is not None:
+        shift = tl.load(bias + column, is_column, 0.0).to(tl.float32)
     grad_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
     grad_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     if gamma is not None:
@@ -157,16 +169,18 @@ def _layer_norm_backward_kernel(
         row = block * ROWS + tl.arange(0, ROWS)
         offset = row[:, None].to(tl.int64) * CHANNELS + column
         exists = (row < rows)[:, None] & is_column
-        values = tl.load(total + offset, exists, 0.0).to(tl.float32)
+        values = tl.load(standardized + offset, exists, 0.0).to(tl.float32)
         grad = tl.load(grad_normalized + offset, exists, 0.0).to(tl.float32)
-        centered, rstd = _standardize(values, is_column, EPS, CHANNELS)
-        standardized = centered * rstd[:, None]
-        grad_weight += grad * standardized
+        factor = tl.load(rstd + row, row < rows, 0.0)
+        if normalized is not None:
+            result = values * scale + shift
+            tl.store(normalized + offset, result.to(normalized.dtype.element_ty), exists)
+        grad_weight += grad * values
         grad_bias += grad
         grad *= scale
-        along = tl.sum(grad * standardized, 1) / CHANNELS
+        along = tl.sum(grad * values, 1) / CHANNELS
         mean = tl.sum(grad, 1) / CHANNELS
-        grad = (grad - mean[:, None] - standardized * along[:, None]) * rstd[:, None]
+        grad = (grad - mean[:, None] - values * along[:, None]) * factor[:, None]
         if grad_total is not None:
             grad += tl.load(grad_total + offset, exists, 0.0).to(tl.float32)
         tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), exists)
@@ -200,12 +214,3 @@ def _factor(gamma, keep, row, rows, rows_per_sample, column, is_column):
     if keep is not None:
         factor *= tl.load(keep + row // rows_per_sample, row < rows, 0.0).to(tl.float32)[:, None]
     return factor
-
-
-@triton.jit
-def _standardize(values, is_column, EPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Differences from the rows' means [ROWS, COLUMNS], 1 / their standard deviations [ROWS]."""
-    mean = tl.sum(values, 1) / CHANNELS
-    centered = tl.where(is_column, values - mean[:, None], 0.0)
-    variance = tl.sum(centered * centered, 1) / CHANNELS
-    return centered, tl.rsqrt(variance + EPS)

@@ -1,11 +1,14 @@
 """Modules in the place of PyTorch's and timm's: the same parameters, the same results."""
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from nat_models import fused
+from nat_models.models.layers import neighborhood_attention_block
 
 X = torch.randn(2, 3, 5, 32, generator=torch.Generator().manual_seed(1))
 
@@ -35,6 +38,30 @@ def test_fused(name, device):
     x = X.half().to(device)
     with torch.no_grad():
         torch.testing.assert_close(ours.half()(x), theirs.half()(x), rtol=5e-3, atol=2e-3)
+
+
+@pytest.mark.interpreter
+def test_fused_block(device):
+    """Mixed precision against fp64: the result and the gradients of all parameters."""
+    torch.manual_seed(0)
+    block = neighborhood_attention_block(32, 2, kernel_size=3, layer_scale=0.5).to(device)
+    exact = deepcopy(block).double()
+    x = X.to(device).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    with torch.autocast(device, torch.float16):
+        assert block.is_fused(x)
+        assert block.mlp.is_fused(x)
+        output = block(x)
+    expected = exact(x64)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output.double(), expected, rtol=2e-3, atol=2e-3)
+    output.cos().sum().backward()
+    expected.cos().sum().backward()
+    pairs = zip([x, *block.parameters()], [x64, *exact.parameters()], strict=True)
+    for ours, theirs in pairs:
+        assert ours.grad.dtype == torch.float32
+        tolerance = 1e-2 * theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-2, atol=tolerance)
 
 
 @pytest.mark.interpreter

@@ -24,11 +24,13 @@ def vectors(device):
 def test_add_layer_norm(maps, device, has_branch):
     weight, bias = vectors(device)
     branch = (maps[1].half(), bias, torch.ones(2, device=device)) if has_branch else (None,) * 3
-    arguments = maps[0], *branch, weight, bias, 1e-5, torch.float16
-    torch.library.opcheck(REGISTERED.add_layer_norm, arguments, test_utils=TESTS)
+    for for_gradient in (False, True):
+        arguments = maps[0], *branch, weight, bias, 1e-5, torch.float16, for_gradient
+        torch.library.opcheck(REGISTERED.add_layer_norm, arguments, test_utils=TESTS)
+    kept = maps[0].half(), torch.ones(2, 3, device=device)
     grads = maps[1], maps[2].half()
     dtypes = torch.float32, torch.float16 if has_branch else None
-    arguments = maps[0], *branch, weight, 1e-5, *grads, *dtypes
+    arguments = *kept, *branch, weight, bias if has_branch else None, *grads, *dtypes
     torch.library.opcheck(REGISTERED.add_layer_norm_backward, arguments, test_utils=TESTS)
 
 
@@ -51,9 +53,9 @@ def test_strided_tensors(maps, device):
     """A transposed map."""
     weight, bias = vectors(device)
     x = torch.randn(32, 6, device=device).T.view(2, 3, 32)
-    settings = None, None, None, weight, bias, 1e-5, torch.float32
-    _, strided = ops.add_layer_norm(x, *settings)
-    _, contiguous = ops.add_layer_norm(x.contiguous(), *settings)
+    settings = None, None, None, weight, bias, 1e-5, torch.float32, False
+    _, strided, *_ = ops.add_layer_norm(x, *settings)
+    _, contiguous, *_ = ops.add_layer_norm(x.contiguous(), *settings)
     assert torch.equal(strided, contiguous)
 
 
@@ -64,7 +66,7 @@ def test_the_dispatcher_is_used_where_something_looks_in_between(maps, device):
             return operator(*args, **(kwargs or {}))
 
     seen = []
-    arguments = maps[0], None, None, None, *vectors(device), 1e-5, torch.float32
+    arguments = maps[0], None, None, None, *vectors(device), 1e-5, torch.float32, False
     expected = ops.add_layer_norm(*arguments)
     assert expected[0] is None
     with Names():

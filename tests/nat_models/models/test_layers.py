@@ -105,13 +105,18 @@ def left_additions(monkeypatch):
     """
     counts = [0, 0]
 
-    def add_layer_norm(x, branch, weight, bias, eps):
+    def add_layer_norm(x, branch, norm):
         counts[branch is None] += 1
         x = fused.add(x, branch)
-        return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+        return x, F.layer_norm(x, norm.weight.shape, *norm)
+
+    def add_norm_linear(x, branch, norm, weight, bias):
+        x, normalized = add_layer_norm(x, branch, norm)
+        return x, F.linear(normalized, weight, bias)
 
     monkeypatch.setattr(fused, "norm_is_used", lambda x: True)
     monkeypatch.setattr(fused, "add_layer_norm", add_layer_norm)
+    monkeypatch.setattr(fused, "add_norm_linear", add_norm_linear)
     return counts
 
 
@@ -146,6 +151,28 @@ def test_fused_block_computes_the_same(left_additions, monkeypatch):
     assert left_additions == [1, 1]
     monkeypatch.setattr(fused, "norm_is_used", lambda x: False)
     torch.testing.assert_close(actual, outcome(block, x))
+
+
+@pytest.mark.parametrize("size", [(5, 6), (2, 9)], ids=["whole", "padded"])
+def test_fused_attention_computes_the_same(left_additions, monkeypatch, size):
+    block = neighborhood_attention_block(16, 2, kernel_size=3, drop_path=0.5).double()
+    x = torch.randn(4, *size, 16, dtype=torch.float64, requires_grad=True)
+    projected = []
+    monkeypatch.setattr(block.attn.qkv, "forward", lambda x: projected.append(x) or F.linear(
+        x, block.attn.qkv.weight, block.attn.qkv.bias
+    ))  # fmt: skip
+    actual = outcome(block, x)
+    assert len(projected) == (size == (2, 9))  # the projection follows the padding
+    monkeypatch.setattr(fused, "norm_is_used", lambda x: False)
+    torch.testing.assert_close(actual, outcome(block, x))
+
+
+@pytest.mark.parametrize("name", ["attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc1"])
+def test_hooks_of_fused_blocks_are_called(left_additions, name):
+    block, called = neighborhood_attention_block(16, 2, kernel_size=3).double(), []
+    block.get_submodule(name).register_forward_hook(lambda *_: called.append(name))
+    block(torch.randn(1, 5, 6, 16, dtype=torch.float64))
+    assert called == [name]
 
 
 def test_checkpointed_blocks_keep_their_input_alone(left_additions):

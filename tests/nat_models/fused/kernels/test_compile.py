@@ -58,10 +58,14 @@ def test_layer_norm(has_branch):
     rows, columns = layer_norm._block(96)
     constants = {"EPS": 1e-5, "CHANNELS": 96, "ROWS": rows, "COLUMNS": columns}
     absent = [] if has_branch else ["branch", "gamma", "keep"]
-    types = dict.fromkeys(["total", "grad_total", "grad_x", "gamma", "parts"], "*fp32")
+    fp32 = ["total", "rstd", "grad_total", "grad_x", "gamma", "parts"]
+    types = dict.fromkeys(fp32, "*fp32")
     for kernel, unused in (
-        (layer_norm._layer_norm_forward_kernel, ["total"]),
-        (layer_norm._layer_norm_backward_kernel, ["grad_total", "grad_branch"]),
+        (layer_norm._layer_norm_forward_kernel, ["total", "standardized", "rstd"]),
+        (
+            layer_norm._layer_norm_backward_kernel,
+            ["grad_total", "grad_branch", "bias", "normalized"],
+        ),
     ):
         nothing = dict.fromkeys([] if has_branch else absent + unused)
         compile_kernel(kernel, constants | nothing, types, num_warps=4)

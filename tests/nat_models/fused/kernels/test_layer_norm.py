@@ -45,24 +45,29 @@ def definition(x, branch, gamma, keep, weight, bias):
 
 
 def forward(problem):
+    """The sum, its norm, and what the backward takes."""
     *tensors, dtype = problem
     x, branch = tensors[:2]
-    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
+    total = None if branch is None else torch.empty_like(x)
     normalized = torch.empty_like(x, dtype=dtype)
-    layer_norm.forward(*tensors, 1e-5, total, normalized)
-    return (x if branch is None else total), normalized
+    kept = torch.empty_like(normalized), x.new_empty(len(x), dtype=FP32)
+    layer_norm.forward(*tensors, 1e-5, total, normalized, *kept)
+    return (x if branch is None else total), normalized, *kept
 
 
-def assert_close(actual, expected):
-    tolerance = 2e-3 if actual.dtype == FP16 else 1e-5
+def assert_close(actual, expected, dtype=FP32):
+    """To the precision of the result, or of what it was computed from."""
+    tolerance = 2e-3 if FP16 in (actual.dtype, dtype) else 1e-5
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_forward(problem):
-    for actual, expected in zip(
-        forward(problem), definition(*map(double, problem[:-1])), strict=True
-    ):
-        assert_close(actual, expected)
+    total, normalized = definition(*map(double, problem[:-1]))
+    variance, mean = torch.var_mean(total, -1, correction=0, keepdim=True)
+    rstd = (variance + 1e-5).rsqrt()
+    exact = total, normalized, (total - mean) * rstd, rstd.squeeze(-1)
+    for actual, expected in zip(forward(problem), exact, strict=True):
+        assert_close(actual, expected, problem[0].dtype)
 
 
 @pytest.mark.parametrize("uses_sum", [True, False], ids=["sum", "norm-only"])
@@ -82,13 +87,16 @@ def test_backward(problem, uses_sum, monkeypatch):
 
     grad_x = torch.empty_like(x)
     grad_branch = None if branch is None else torch.empty_like(branch)
-    parameters = layer_norm.backward(
-        forward(problem)[0], branch, gamma, keep, weight, 1e-5,
-        grad_total, grad_normalized, grad_x, grad_branch,
+    again = torch.empty_like(grad_normalized)
+    parameters = weight.new_empty(2 if gamma is None else 3, len(weight))
+    layer_norm.backward(
+        *forward(problem)[2:], branch, gamma, keep, weight, bias, grad_total, grad_normalized,
+        grad_x, grad_branch, again, parameters,
     )  # fmt: skip
-    assert_close(grad_x, leaves[0].grad)
+    assert_close(again, normalized.detach())
+    assert_close(grad_x, leaves[0].grad, dtype)
     if branch is not None:
-        assert_close(grad_branch, leaves[1].grad)
+        assert_close(grad_branch, leaves[1].grad, dtype)
     order = leaves[3], leaves[4], leaves[2]
     for actual, leaf in zip(parameters, order[: len(parameters)], strict=True):
         assert leaf is not None
@@ -105,5 +113,5 @@ def test_constant_rows_are_normalized_to_the_shift():
     x = torch.full((5, 64), 3.0, device=DEVICE)
     weight, bias = torch.randn(2, 64, device=DEVICE)
     normalized = torch.empty_like(x)
-    layer_norm.forward(x, None, None, None, weight, bias, 1e-5, x.new_empty(0), normalized)
+    layer_norm.forward(x, None, None, None, weight, bias, 1e-5, None, normalized, None, None)
     torch.testing.assert_close(normalized, bias.expand(5, -1))
