@@ -135,14 +135,17 @@ class Tiles:
         """Write [B, G, T, R, D] to the queries' positions in [B, *spatial, N, D]."""
         tiles = self.by_head(tiles, target.shape[-2])
         tiles = _flat_axes(tiles, [axis.queries for axis in self.axes])
-        positions = []
+        dims, positions = len(self.axes), []
         for a, axis in enumerate(self.axes):
             slots = axis.is_query.flatten().nonzero().squeeze(1)
             if slots.numel() != axis.is_query.numel():
                 tiles = tiles.index_select(2 + a, slots)
             position = axis.queries.flatten()[slots]
-            positions.append(position.view(-1, *[1] * (len(self.axes) - 1 - a)))
-        target.movedim(-2, 1)[(slice(None),) * 2 + tuple(positions)] = tiles.to(target.dtype)
+            positions.append(position.view(-1, *[1] * (dims - 1 - a)))
+        # Assigned by slices, one head is written in part: PyTorch 2.11 on a GPU in deterministic mode
+        # (similar: github.com/pytorch/pytorch/issues/76176).
+        tiles = tiles.movedim((0, 1), (dims, dims + 1)).to(target.dtype)
+        target.movedim(0, dims).index_put_(tuple(positions), tiles)
 
     def add_to_keys(self, target: Tensor, tiles: Tensor) -> None:
         """Add [B, G, T, K, D] at the keys' positions in [B, *spatial, G, D]."""

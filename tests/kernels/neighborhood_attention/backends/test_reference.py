@@ -20,6 +20,7 @@ CASES = [
     Case((13, 10), (4, 3), stride=(2, 3), dilation=(3, 1), is_causal=(True, False), head_dim=24),
     Case((6, 17), (1, 4), stride=(1, 3), dilation=(2, 4), is_causal=(False, True), head_dim=5),
     Case((1, 19), (1, 7)),
+    Case((6, 5), (3, 3), heads=1),
 ]
 
 
