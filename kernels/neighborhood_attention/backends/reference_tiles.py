@@ -142,8 +142,8 @@ class Tiles:
                 tiles = tiles.index_select(2 + a, slots)
             position = axis.queries.flatten()[slots]
             positions.append(position.view(-1, *[1] * (dims - 1 - a)))
-        # Assigned by slices, one head is written in part: PyTorch 2.11 on a GPU in deterministic mode
-        # (similar: github.com/pytorch/pytorch/issues/76176).
+        # Assigned by slices, one head is written in part: PyTorch 2.11, on a GPU in deterministic
+        # mode (as in github.com/pytorch/pytorch/issues/76176).
         tiles = tiles.movedim((0, 1), (dims, dims + 1)).to(target.dtype)
         target.movedim(0, dims).index_put_(tuple(positions), tiles)
 
