@@ -9,7 +9,7 @@ adds the results with their gradients, and for each tensor whether its gradient 
 operator cannot return None: an empty tensor stands for a gradient that is not there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from neighborhood_attention.backends import Inputs, choose
+from neighborhood_attention.dispatcher import is_idle
 from neighborhood_attention.geometry import Neighborhood
 
 _INPUTS = (
@@ -73,14 +74,10 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
     return output, torch.empty(rows, dtype=lse_dtype, device=device)
 
 
-def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _attention_backward(*arguments: Any) -> list[Tensor | None]:
     gradients = _attention_buffers(*arguments)
     _backward(Inputs(*gradients), Inputs(*arguments[:6]), *arguments[6:-1])
-    return _without_none(gradients)
-
-
-def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _without_none(_attention_buffers(*arguments))
+    return gradients
 
 
 def _attention_buffers(*arguments: Any) -> list[Any]:
@@ -99,19 +96,15 @@ def _packed_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _attention_fake(*qkv.unbind(-3))
 
 
-def _packed_backward(qkv: Tensor, rpb: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    grad_qkv, grad_rpb = _packed_buffers(qkv, rpb, *arguments)
-    _backward(_unpack(grad_qkv, grad_rpb), _unpack(qkv, rpb), *arguments[:-1])
-    return _without_none((grad_qkv, grad_rpb))
+def _packed_backward(qkv: Tensor, rpb: Tensor | None, *arguments: Any) -> list[Tensor | None]:
+    gradients = _packed_buffers(qkv, rpb, *arguments)
+    _backward(_unpack(*gradients), _unpack(qkv, rpb), *arguments[:-1])
+    return gradients
 
 
-def _packed_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _without_none(_packed_buffers(*arguments))
-
-
-def _packed_buffers(qkv: Tensor, rpb: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+def _packed_buffers(qkv: Tensor, rpb: Any, *arguments: Any) -> list[Any]:
     _, rpb_needed = arguments[-1]
-    return empty(qkv), empty(rpb) if rpb_needed else None
+    return [empty(qkv), empty(rpb) if rpb_needed else None]
 
 
 def _unpack(qkv: Tensor, rpb: Tensor | None) -> Inputs:
@@ -142,15 +135,17 @@ def empty(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _without_none(gradients: Sequence[Any]) -> tuple[Tensor, ...]:
-    return tuple(gradients[0].new_empty(0) if x is None else x for x in gradients)
+def _without_none(gradients: Callable[..., list[Any]]) -> Callable[..., tuple[Tensor, ...]]:
+    def full(*arguments: Any) -> tuple[Tensor, ...]:
+        first, *others = gradients(*arguments)
+        return first, *(first.new_empty(0) if x is None else x for x in others)
+
+    return full
 
 
 def below_autograd(operator: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
-    """Run an operator from its kernel for the key Autograd; `keys` None where that was skipped."""
+    """Run an operator from its kernel for the key Autograd."""
     with torch._C._AutoDispatchBelowAutograd():
-        if keys is None:
-            return operator(*arguments)
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
@@ -179,20 +174,29 @@ def autograd_kernel(
     return kernel
 
 
-def _differentiable(
-    count: int, operator: Any, backward: Any
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """How to run `operator`, whose first `count` arguments are tensors, and record its gradient.
+def _register(
+    name: str, tensors: str, forward: Any, forward_fake: Any, backward: Any, buffers: Any
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register an operator and its backward, which returns what `buffers` does.
 
     Returns:
-        The kernel for the dispatcher's key Autograd; and the operator as the public functions call
-        it: that skips the dispatcher's way to the first where nothing looks in between.
+        The operator as the public functions call it, without the dispatcher where that is idle.
     """
+    count = tensors.count(",") + 1
+    gradients = ", ".join(["Tensor"] * count)
+    operator = define(f"{name}({tensors}, {_SETTINGS}) -> (Tensor, Tensor)", forward, forward_fake)
+    operator_backward = define(
+        f"{name}_backward({tensors}, {_SETTINGS}, {_RESULTS}) -> ({gradients})",
+        _without_none(backward),
+        _without_none(buffers),
+    )
 
     class NeighborhoodAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-            results: tuple[Tensor, Tensor] = below_autograd(operator, keys, arguments)
+            results: tuple[Tensor, Tensor] = (
+                forward(*arguments) if keys is None else below_autograd(operator, keys, arguments)
+            )
             ctx.set_materialize_grads(False)
             ctx.settings = arguments[count:]
             ctx.save_for_backward(*arguments[:count], *results)
@@ -208,45 +212,30 @@ def _differentiable(
             if grad_output is None:
                 grad_output = torch.zeros_like(output)
             results = output, lse, grad_output, grad_lse
-            gradients = backward(*inputs, *ctx.settings, *results, needed)
+            run = backward if is_idle((*inputs, *results)) else operator_backward
+            gradients = run(*inputs, *ctx.settings, *results, needed)
             gradients = [x if n else None for x, n in zip(gradients, needed, strict=True)]
             return None, *gradients, *(None for _ in ctx.settings)
 
-    kernel = autograd_kernel(count, operator, NeighborhoodAttention)
+    set_autograd_kernel(name, autograd_kernel(count, operator, NeighborhoodAttention))
 
     def call(*arguments: Any) -> Any:
-        is_observed = (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-        )
-        return operator(*arguments) if is_observed else kernel(None, *arguments)
+        if not is_idle(arguments[:count]):
+            return operator(*arguments)
+        if torch.is_grad_enabled():
+            for tensor in arguments[:count]:
+                if tensor is not None and tensor.requires_grad:
+                    return NeighborhoodAttention.apply(None, *arguments)
+        return forward(*arguments)
 
-    return kernel, call
-
-
-def _register(
-    name: str, tensors: str, forward: Any, forward_fake: Any, backward: Any, backward_fake: Any
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Register an operator and its backward; returns what the public functions call."""
-    count = tensors.count(",") + 1
-    gradients = ", ".join(["Tensor"] * count)
-    operator = define(f"{name}({tensors}, {_SETTINGS}) -> (Tensor, Tensor)", forward, forward_fake)
-    operator_backward = define(
-        f"{name}_backward({tensors}, {_SETTINGS}, {_RESULTS}) -> ({gradients})",
-        backward,
-        backward_fake,
-    )
-    kernel, call = _differentiable(count, operator, operator_backward)
-    set_autograd_kernel(name, kernel)
     return call
 
 
 attention = _register(
     "attention", _INPUTS,
-    _attention, _attention_fake, _attention_backward, _attention_backward_fake,
+    _attention, _attention_fake, _attention_backward, _attention_buffers,
 )  # fmt: skip
 attention_qkvpacked = _register(
     "attention_qkvpacked", _PACKED_INPUTS,
-    _packed, _packed_fake, _packed_backward, _packed_backward_fake,
+    _packed, _packed_fake, _packed_backward, _packed_buffers,
 )  # fmt: skip

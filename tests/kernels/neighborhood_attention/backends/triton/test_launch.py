@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -151,14 +153,30 @@ def bound(monkeypatch):
 class Compiled:
     """A compiled kernel that records its launches instead of running them."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self):
-        self.launches = []
+        self.launches, self.launches_with_hooks = [], []
+
+    def run(self, *arguments):
+        assert arguments[3:9] == (STREAM, self.function, self.packed_metadata, None, None, None)
+        self.launches.append((arguments[:3], arguments[9:]))
 
     def __getitem__(self, grid):
-        return lambda *arguments: self.launches.append((grid, arguments))
+        return lambda *arguments: self.launches_with_hooks.append((grid, arguments))
 
 
-def test_a_launch_is_bound_once_for_each_alignment(monkeypatch):
+STREAM = 7
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A GPU whose current stream is `STREAM`."""
+    gpu = SimpleNamespace(get_current_device=lambda: 1, get_current_stream={1: STREAM}.get)
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+
+
+def test_a_launch_is_bound_once_for_each_alignment(monkeypatch, driver):
     bound, compiled = [], Compiled()
 
     def run(kernel, *args, **kwargs):
@@ -187,6 +205,26 @@ def test_a_launch_is_bound_once_for_each_alignment(monkeypatch):
         launch(*tensors)
         assert len(bound) == launches + 1
     assert compiled.launches[-1][1][:3] == (source.data_ptr(), 0, target.data_ptr())
+    assert not compiled.launches_with_hooks
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profilers_hooks_see_every_launch(name, monkeypatch, driver):
+    compiled = Compiled()
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: compiled)
+    launch = Launch(triton.JITFunction(_scale_and_add.fn), 3, ARGUMENTS)
+    tensors = buffers("cpu")
+    launch(*tensors)
+    hooks = getattr(triton.knobs.runtime, name)
+    hooks.add(print)
+    try:
+        launch(*tensors)
+    finally:
+        hooks.remove(print)
+    (found,) = compiled.launches_with_hooks
+    assert found == ((3, 1, 1), (*(x.data_ptr() for x in tensors), (3, 16), 2.0, 16))
+    launch(*tensors)
+    assert compiled.launches == [found]
 
 
 @pytest.mark.interpreter
