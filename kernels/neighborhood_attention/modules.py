@@ -114,8 +114,8 @@ class _NeighborhoodAttention(nn.Module):
             )
         self.kernel_size = window.kernel_size
         self.dilation = window.dilation
-        self.extent = list(window.extent)
-        self.window = list(window.flat)
+        self.extent = window.extent
+        self.window = window.flat
 
     def reset_parameters(self) -> None:
         """Truncated normal weights and relative positional bias (std 0.02), zero biases."""
@@ -128,44 +128,49 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, *spatial, embed_dim] to the same shape."""
-        dims = len(self.extent)
+        extent = list(self.extent)  # TorchScript indexes no tuple
+        dims = len(extent)
         if x.dim() != dims + 2 or x.shape[-1] != self.num_heads * self.head_dim:
             raise ValueError(f"x: expected {self.layout}, got shape {x.shape}")
         sizes = x.shape[1:-1]
         padding = [0, 0]
         for axis in range(dims):
-            missing = max(0, self.extent[dims - 1 - axis] - sizes[dims - 1 - axis])
+            missing = max(0, extent[dims - 1 - axis] - sizes[dims - 1 - axis])
             padding += [0, missing]
         if sum(padding) == 0:
-            return self.attend(self.qkv(x))
+            return self.project(self.attend(self.qkv(x)))
         if not self.pad_small_inputs:
             raise ValueError(
                 f"x: expected at least kernel_size {self.kernel_size} * dilation "
                 f"{self.dilation} tokens, got shape {x.shape}; see pad_small_inputs"
             )
-        x = self._attend(self.qkv(F.pad(x, padding)))
+        x = self.attend(self.qkv(F.pad(x, padding)))
         for axis in range(dims):
             x = x.narrow(axis + 1, 0, sizes[axis])
-        return self._project(x)
+        return self.project(x)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """What `forward` does after `self.qkv`, for a map that is not to be padded.
+        """What `forward` does between `self.qkv` and `self.proj`, for a map that is large enough.
 
         Args:
             qkv: Result of `self.qkv`, [B, *spatial, 3 * embed_dim].
+
+        Returns:
+            [B, *spatial, embed_dim].
         """
-        return self._project(self._attend(qkv))
+        x = self._attend(qkv.unflatten(-1, [3, self.num_heads, self.head_dim]))
+        return x.flatten(-2)
+
+    def project(self, x: Tensor) -> Tensor:
+        """What `forward` ends with: the output projection of `attend`'s result, and dropout."""
+        x = self.proj_drop(self.proj(x))
+        return x
 
     def is_padded(self, sizes: Sequence[int]) -> bool:
         """Whether a map of these sizes is smaller than kernel_size * dilation."""
         return any(size < extent for size, extent in zip(sizes, self.extent, strict=True))
 
-    def _project(self, x: Tensor) -> Tensor:
-        x = self.proj_drop(self.proj(x.flatten(-2)))
-        return x
-
     def _attend(self, qkv: Tensor) -> Tensor:
-        qkv = qkv.unflatten(-1, [3, self.num_heads, self.head_dim])
         if self.training and self.attn_drop.p > 0:
             query, key, value = qkv.unbind(-3)
             scores = torch.ops.neighborhood_attention.scores(

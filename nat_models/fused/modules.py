@@ -19,12 +19,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize."""
-        if torch.jit.is_scripting():
-            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        elif norm_is_used(x):
+        if not torch.jit.is_scripting() and norm_is_used(x):
             x = layer_norm(x, Norm(self.weight, self.bias, self.eps))
         else:
-            x = super().forward(x)
+            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return x
 
 

@@ -89,7 +89,7 @@ class TransformerBlock(nn.Module):
         """Whether `fused_forward` is to be used: it calls none of the modules checked here."""
         between = self.ls1, self.ls2, self.drop_path1, self.drop_path2
         return (
-            fused.norm_is_used(x)
+            fused.norm_is_used(x, with_layers=True)
             and type(self.norm1) is type(self.norm2) is fused.LayerNorm
             and all(type(module) in (nn.Identity, LayerScale, DropPath) for module in between)
             and not any(map(fused.is_observed, (self.norm1, self.norm2, *between)))
@@ -127,7 +127,7 @@ def _attend(
         and not fused.is_observed(attn.qkv)
     ):
         x, qkv = fused.add_norm_linear(x, branch, parameters, attn.qkv.weight, attn.qkv.bias)
-        return x, attn.attend(qkv)
+        return x, attn.project(attn.attend(qkv))
     x, normalized = fused.add_layer_norm(x, branch, parameters)
     return x, attn(normalized)
 
@@ -229,7 +229,7 @@ class Stage(nn.Module):
     def _is_fused(self, x: Tensor) -> bool:
         """Whether a block's last addition is fused with the next block's norm."""
         return (
-            fused.norm_is_used(x)
+            fused.norm_is_used(x, with_layers=True)
             and not fused.is_observed(self.blocks)
             and all(
                 type(block) is TransformerBlock
