@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measuring import today
 
 from neighborhood_attention import na1d, na2d, na3d
 
@@ -80,6 +81,7 @@ def main() -> None:
     with ThreadPool(len(TOOLS)) as threads:
         results = threads.starmap(check, [(path, tool) for tool in TOOLS])
     description = {"device": torch.cuda.get_device_name(), "commit": arguments.commit}
+    description["date"] = today()
     arguments.output.write_text(json.dumps({**description, "results": results}, indent=1) + "\n")
     print(*(f"{result['tool']}: {result['summary']}" for result in results), sep="\n")
     sys.exit(any(result["exit_code"] for result in results))
