@@ -26,6 +26,11 @@ _PLAIN = _bits(
 _ALWAYS = _bits("BackendSelect", "ADInplaceOrView")
 _TYPES = {Tensor, nn.Parameter}
 
+_keys = torch._C._dispatch_keys
+_thread_keys = torch._C._dispatch_tls_local_include_set
+_count_function_modes = torch._C._len_torch_function_stack
+_is_profiling = torch._C._autograd._profiler_enabled
+
 
 def is_idle(tensors: Iterable[Tensor | None]) -> bool:
     """Whether it would do nothing but call the operator's kernel, or that for its gradient.
@@ -35,15 +40,15 @@ def is_idle(tensors: Iterable[Tensor | None]) -> bool:
     if torch.compiler.is_compiling():  # first: TorchDynamo cannot trace the others
         return False
     if (
-        torch._C._dispatch_tls_local_include_set().raw_repr() & ~_ALWAYS
-        or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
+        _thread_keys().raw_repr() & ~_ALWAYS
+        or _count_function_modes()
+        or _is_profiling()
         or forward_ad._current_level >= 0
     ):
         return False
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _TYPES or torch._C._dispatch_keys(tensor).raw_repr() & ~_PLAIN:
+        if type(tensor) not in _TYPES or _keys(tensor).raw_repr() & ~_PLAIN:
             return False
     return True

@@ -9,7 +9,7 @@ adds the results with their gradients, and for each tensor whether its gradient 
 operator cannot return None: an empty tensor stands for a gradient that is not there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,8 +88,17 @@ def _attention_buffers(*arguments: Any) -> list[Any]:
     return [empty(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
 
 
-def _packed(qkv: Tensor, rpb: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _forward(_unpack(qkv, rpb), *settings)
+def _packed(
+    qkv: Tensor, rpb: Tensor | None, flat_window: Sequence[int], scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    window = Neighborhood.from_flat(tuple(flat_window))
+    # The choice depends on heads and their dimensions alone, which are those of the parts.
+    module = choose(backend, Inputs(qkv, qkv, qkv, rpb), window)
+    if hasattr(module, "forward_packed"):
+        output, lse = module.forward_packed(qkv, rpb, window, scale)
+    else:
+        output, lse = module.forward(_unpack(qkv, rpb), window, scale)
+    return output, lse
 
 
 def _packed_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

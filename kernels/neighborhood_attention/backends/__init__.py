@@ -12,6 +12,11 @@ A backend is a module with three functions of `Inputs`:
         are always there and may be strided views of a packed gradient. Those of rpb, and of both
         additional tensors, are None without such an input or a need of its gradient. `grad_lse` may
         be None; `grad_output` may have any strides.
+
+One that can be faster without views of the parts has a fourth:
+
+    forward_packed(qkv, rpb, window, scale) -> (output, lse)
+        As `forward` of the parts of `qkv` [B, *spatial, 3, heads, D].
 """
 
 import importlib
@@ -85,7 +90,6 @@ def choose(backend: str | None, inputs: Inputs, window: Neighborhood) -> ModuleT
         ValueError: No backend has this name.
         NotImplementedError: The backend asked for cannot run the problem.
     """
-    check_name(backend)
     name = backend or resolve_backend(inputs.query.device.type)
     try:
         module = load(name)
@@ -103,6 +107,7 @@ def choose(backend: str | None, inputs: Inputs, window: Neighborhood) -> ModuleT
 @cache
 def load(name: str) -> ModuleType:
     """The backend's module; Triton is imported here, on its first use."""
+    check_name(name)
     return importlib.import_module(BACKENDS[name])
 
 

@@ -22,10 +22,11 @@ MIN_CAPABILITY = (8, 0)  # Triton's own limit
 def supports(inputs: Inputs, window: Neighborhood) -> str | None:
     """Why this backend cannot run the problem; None when it can."""
     query = inputs.query
-    if not query.is_cuda and not triton.knobs.runtime.interpret:
+    if query.is_cuda:
+        if not _has_capability(query.device):
+            return f"needs an NVIDIA GPU of compute capability {MIN_CAPABILITY} or more"
+    elif not triton.knobs.runtime.interpret:
         return f"needs tensors on a GPU, got {query.device.type}; use backend='reference'"
-    if query.is_cuda and not _has_capability(query.device):
-        return f"needs an NVIDIA GPU of compute capability {MIN_CAPABILITY} or more"
     if query.dtype not in _DTYPES:
         return f"supports fp16, bf16 and fp32, not {query.dtype}; use backend='reference'"
     head_dim = max(query.shape[-1], inputs.value.shape[-1])
@@ -44,6 +45,14 @@ def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor,
     """See `fused_forward`."""
     with _on_device_of(inputs.query):
         return fused_forward.forward(_launchable(inputs), window, scale)
+
+
+def forward_packed(
+    qkv: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `fused_forward`."""
+    with _on_device_of(qkv):
+        return fused_forward.forward_packed(with_contiguous_heads(qkv), rpb, window, scale)
 
 
 def backward(
@@ -79,6 +88,8 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def _launchable(inputs: Inputs) -> Inputs:
     """Heads contiguous; no additional keys instead of zero of them."""
     query, key, value, rpb, keys, values = inputs
+    if keys is None and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        return inputs
     query, key, value = map(with_contiguous_heads, (query, key, value))
     if keys is None or values is None or keys.shape[1] == 0:
         return Inputs(query, key, value, rpb)

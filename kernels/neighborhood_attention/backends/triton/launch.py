@@ -1,6 +1,6 @@
 """A kernel's launch, prepared once for a problem, and the arguments that the kernels share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,14 +36,26 @@ class Launch:
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current GPU and stream."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        alignments = tuple([address % 16 if address else -1 for address in addresses])
-        run = self._runners.get(alignments)
-        if run is not None:
-            run(*addresses, *self._arguments)
+        if self.at(addresses):
             return
         compiled = self._kernel(*tensors, *self._arguments, **self._options)
         if compiled is not None:  # not interpreted
-            self._runners[alignments] = _runner(compiled, self._grid)
+            self._runners[_alignments(addresses)] = _runner(compiled, self._grid)
+
+    def at(self, addresses: list[int]) -> bool:
+        """Launch on tensors there, 0 for None, and tell whether such were launched before.
+
+        If not, nothing is done: a first launch needs the tensors.
+        """
+        run = self._runners.get(_alignments(addresses))
+        if run is None:
+            return False
+        run(*addresses, *self._arguments)
+        return True
+
+
+def _alignments(addresses: list[int]) -> tuple[int, ...]:
+    return tuple([address % 16 if address else -1 for address in addresses])
 
 
 def _runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -87,9 +99,14 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, description: tuple[Any, ...]) -> "Problem":
-        """From what `describe` returned."""
-        layouts: list[Any] = [x and Layout(*x) for x in description[:6]]
-        return cls(*layouts, *description[6:])
+        """From what `describe` or `describe_packed` returned."""
+        *tensors, device, allow_tf32 = description
+        layouts: list[Any] = [x and Layout(*x) for x in tensors]
+        if len(layouts) == 2:
+            qkv, rpb = layouts
+            part = qkv._replace(shape=_part(qkv.shape), strides=_part(qkv.strides))
+            layouts = [part, part, part, rpb, None, None]
+        return cls(*layouts, device, allow_tf32)
 
     @property
     def spatial(self) -> torch.Size:
@@ -141,9 +158,28 @@ class Problem(NamedTuple):
 
 def describe(inputs: Inputs) -> tuple[Any, ...]:
     """The problem that these tensors pose, as a key for caches: the arguments of `Problem`."""
-    query = inputs.query
-    tf32 = query.dtype == torch.float32 and _allows_tf32()
-    return (*map(layout, inputs), query.device, tf32)
+    query, key, value, rpb, keys, values = inputs
+    dtype = query.dtype
+    return (
+        (query.shape, query.stride(), dtype),
+        (key.shape, key.stride(), dtype),
+        (value.shape, value.stride(), dtype),
+        layout(rpb),
+        layout(keys),
+        layout(values),
+        query.device,
+        dtype is torch.float32 and _allows_tf32(),
+    )
+
+
+def describe_packed(qkv: Tensor, rpb: Tensor | None) -> tuple[Any, ...]:
+    """As `describe`, of query, key and value packed into one tensor."""
+    tf32 = qkv.dtype is torch.float32 and _allows_tf32()
+    return layout(qkv), layout(rpb), qkv.device, tf32
+
+
+def _part(sizes: Sequence[int]) -> Any:
+    return sizes[:-3] + sizes[-2:]
 
 
 def layout(tensor: Tensor | None) -> tuple[Any, ...] | None:

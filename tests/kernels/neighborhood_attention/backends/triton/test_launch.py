@@ -12,6 +12,7 @@ from neighborhood_attention.backends.triton.launch import (  # noqa: E402
     Layout,
     Problem,
     describe,
+    describe_packed,
     layout,
     plan_arguments,
     window_arguments,
@@ -108,6 +109,18 @@ def test_equal_problems_are_equal_keys_and_others_are_not():
     assert len({problem, describe(Inputs(*half)), describe(Inputs(*strided))}) == 3
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("heads", [None, 2], ids=["plain", "rpb"])
+def test_a_packed_problem_is_that_of_its_parts(dims, dtype, heads, tf32):
+    spatial = 4, 5, 6
+    rpb = None if heads is None else torch.empty(heads, *[5] * dims)
+    qkv = torch.empty(2, *spatial[:dims], 2, 3, 8, dtype=dtype).transpose(-3, -2)
+    packed = Problem.of(describe_packed(qkv, rpb))
+    assert packed == Problem.of(describe(Inputs(*qkv.unbind(-3), rpb)))
+    assert packed.spatial == spatial[:dims]
+
+
 def test_tensors_with_strided_heads_are_copied_and_others_are_not():
     plain = torch.randn(1, 2, 3, 4, 5)
     view, strided = plain[..., 1:4], plain.transpose(-1, -2)
@@ -195,12 +208,13 @@ def test_a_launch_is_bound_once_for_each_alignment(monkeypatch, driver):
     assert keywords == {"grid": (3, 1, 1), "warmup": False, "num_warps": 2}
 
     other = buffers("cpu")
-    launch(*other)
+    assert launch.at([x.data_ptr() for x in other])
     assert len(bound) == 1
     assert compiled.launches == [((3, 1, 1), (*(x.data_ptr() for x in other), *prepared))]
 
     for tensors in (buffers("cpu", offset=1), (source, None, target)):
         launches = len(bound)
+        assert not launch.at([0 if x is None else x.data_ptr() for x in tensors])
         launch(*tensors)
         launch(*tensors)
         assert len(bound) == launches + 1
