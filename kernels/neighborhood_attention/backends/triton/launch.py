@@ -1,6 +1,6 @@
 """A kernel's launch, prepared once for a problem, and the arguments that the kernels share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -100,13 +100,12 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, description: tuple[Any, ...]) -> "Problem":
         """From what `describe` or `describe_packed` returned."""
-        *tensors, device, allow_tf32 = description
-        layouts: list[Any] = [x and Layout(*x) for x in tensors]
+        layouts: list[Any] = [x and Layout(*x) for x in description[:-2]]
         if len(layouts) == 2:
             qkv, rpb = layouts
             part = qkv._replace(shape=_part(qkv.shape), strides=_part(qkv.strides))
             layouts = [part, part, part, rpb, None, None]
-        return cls(*layouts, device, allow_tf32)
+        return cls(*layouts, *description[-2:])
 
     @property
     def spatial(self) -> torch.Size:
@@ -178,7 +177,7 @@ def describe_packed(qkv: Tensor, rpb: Tensor | None) -> tuple[Any, ...]:
     return layout(qkv), layout(rpb), qkv.device, tf32
 
 
-def _part(sizes: Sequence[int]) -> Any:
+def _part(sizes: Any) -> Any:
     return sizes[:-3] + sizes[-2:]
 
 
