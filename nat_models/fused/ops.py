@@ -47,7 +47,9 @@ def _define(
     operator = getattr(torch.ops.nat_models, name).default
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        if torch.compiler.is_compiling():  # it makes copies where it writes what is copied
+            return operator(*[x.contiguous() if isinstance(x, Tensor) else x for x in arguments])
+        if torch._C._len_torch_dispatch_stack() > 0:
             return operator(*arguments)
         return run(*arguments)
 

@@ -27,8 +27,8 @@ def using(*operations: Operation) -> Iterator[None]:
     """Run these operations fused wherever there are kernels for it, and no others.
 
     Without it they run fused on a GPU of the measured kind, where the tensors are large enough;
-    norms only in eager mode, since PyTorch's compiler makes about the same of them. Code compiled
-    under one choice is compiled again under another.
+    norms in compiled code only if layers after them are trained, since PyTorch's compiler makes
+    about the same of others. Code compiled under one choice is compiled again under another.
 
     Args:
         operations: "add_layer_norm" (also alone, without an addition) and "mlp".
@@ -41,8 +41,14 @@ def using(*operations: Operation) -> Iterator[None]:
         _chosen = before
 
 
-def norm_is_used(x: Tensor) -> bool:
-    """Whether `layer_norm` and `add_layer_norm` take a tensor [..., C]."""
+def norm_is_used(x: Tensor, with_layers: bool = False) -> bool:
+    """Whether `layer_norm` and `add_layer_norm` take a tensor [..., C].
+
+    Args:
+        x: The tensor.
+        with_layers: Whether linear layers take the norm, in `add_norm_linear` and `add_norm_mlp`:
+            then training keeps less than PyTorch's compiler would.
+    """
     return (
         _is_plain(x)
         and x.shape[-1] <= _MAX_CHANNELS
@@ -50,7 +56,7 @@ def norm_is_used(x: Tensor) -> bool:
         and (
             "add_layer_norm" in _chosen
             if _chosen is not None
-            else not torch.compiler.is_compiling()
+            else (not torch.compiler.is_compiling() or (with_layers and torch.is_grad_enabled()))
             and _is_measured(x)
             and x.numel() >= MIN_ROWS * x.shape[-1]
         )

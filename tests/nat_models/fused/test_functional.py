@@ -49,9 +49,9 @@ def gradients(outputs, leaves):
     return torch.autograd.grad(value, leaves)
 
 
-def run(function, compiled):
+def run(function, compiled, backend="aot_eager"):
     if compiled:
-        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+        function = torch.compile(function, fullgraph=True, backend=backend)
     return function()
 
 
@@ -142,26 +142,26 @@ def test_layers_after_a_norm(device, precision, operation, kind, compiled):
 
 @FUSED
 @pytest.mark.parametrize("operation", ["linear", "mlp"])
-def test_neither_sums_nor_norms_are_kept(device, operation):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_neither_sums_nor_norms_are_kept(device, operation, compiled):
     """What is kept has the norm's number of elements once, for its backward."""
     x, branch, norm = tensors(device)
-    sizes = []
+    layers = [t.detach().float().requires_grad_() for t in draw_layers(device)]
+    kept = []
+
+    def function():
+        with torch.autocast(device, torch.float16):
+            if operation == "mlp":
+                return fused.add_norm_mlp(x, fused.Branch(branch.values), norm, *layers)
+            return fused.add_norm_linear(x, fused.Branch(branch.values), norm, *layers[:2])
 
     def pack(tensor):
-        sizes.append((tensor.numel(), tensor.dtype))
+        kept.append(tensor)
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast(device, torch.float16),
-    ):
-        layers = [t.float() for t in draw_layers(device)]
-        sizes.clear()
-        if operation == "mlp":
-            fused.add_norm_mlp(x, fused.Branch(branch.values), norm, *layers)
-        else:
-            fused.add_norm_linear(x, fused.Branch(branch.values), norm, *layers[:2])
-    assert [dtype for size, dtype in sizes if size == x.numel()] == [torch.float16]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(function, compiled, "aot_eager_decomp_partition")
+    assert [t.dtype for t in kept if t.numel() == x.numel()] == [torch.float16]
 
 
 @FUSED

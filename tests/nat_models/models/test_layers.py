@@ -114,7 +114,7 @@ def left_additions(monkeypatch):
         x, normalized = add_layer_norm(x, branch, norm)
         return x, F.linear(normalized, weight, bias)
 
-    monkeypatch.setattr(fused, "norm_is_used", lambda x: True)
+    monkeypatch.setattr(fused, "norm_is_used", lambda *_, **__: True)
     monkeypatch.setattr(fused, "add_layer_norm", add_layer_norm)
     monkeypatch.setattr(fused, "add_norm_linear", add_norm_linear)
     return counts
@@ -139,7 +139,7 @@ def test_fused_stage_computes_the_same(left_additions, monkeypatch):
     x = torch.randn(16, 2, 2, 8, dtype=torch.float64, requires_grad=True)
     actual = outcome(stage, x)
     assert left_additions == [5, 1]  # two norms a block, the first has nothing to add
-    monkeypatch.setattr(fused, "norm_is_used", lambda x: False)
+    monkeypatch.setattr(fused, "norm_is_used", lambda *_, **__: False)
     torch.testing.assert_close(actual, outcome(stage, x))
     assert left_additions == [5, 1]
 
@@ -149,7 +149,7 @@ def test_fused_block_computes_the_same(left_additions, monkeypatch):
     x = torch.randn(16, 2, 2, 8, dtype=torch.float64, requires_grad=True)
     actual = outcome(block, x)
     assert left_additions == [1, 1]
-    monkeypatch.setattr(fused, "norm_is_used", lambda x: False)
+    monkeypatch.setattr(fused, "norm_is_used", lambda *_, **__: False)
     torch.testing.assert_close(actual, outcome(block, x))
 
 
@@ -163,7 +163,7 @@ def test_fused_attention_computes_the_same(left_additions, monkeypatch, size):
     ))  # fmt: skip
     actual = outcome(block, x)
     assert len(projected) == (size == (2, 9))  # the projection follows the padding
-    monkeypatch.setattr(fused, "norm_is_used", lambda x: False)
+    monkeypatch.setattr(fused, "norm_is_used", lambda *_, **__: False)
     torch.testing.assert_close(actual, outcome(block, x))
 
 
