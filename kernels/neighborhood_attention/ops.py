@@ -141,7 +141,7 @@ def _backward(
 
 def empty(like: Tensor) -> Tensor:
     """Contiguous, whatever the strides of `like`."""
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _without_none(gradients: Callable[..., list[Any]]) -> Callable[..., tuple[Tensor, ...]]:

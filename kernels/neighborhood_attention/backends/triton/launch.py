@@ -40,7 +40,7 @@ class Launch:
             return
         compiled = self._kernel(*tensors, *self._arguments, **self._options)
         if compiled is not None:  # not interpreted
-            self._runners[_alignments(addresses)] = _runner(compiled, self._grid)
+            self._runners[_alignments(addresses)] = runner(compiled, self._grid)
 
     def at(self, addresses: list[int]) -> bool:
         """Launch on tensors there, 0 for None, and tell whether such were launched before.
@@ -58,8 +58,8 @@ def _alignments(addresses: list[int]) -> tuple[int, ...]:
     return tuple([address % 16 if address else -1 for address in addresses])
 
 
-def _runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """As `compiled[grid]`, which takes twice the time: it prepares for hooks that are not there.
+def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """As `compiled[grid]`, which takes twice as long: it prepares for hooks that are not there.
 
     TorchInductor launches in the same way.
     """
@@ -69,7 +69,9 @@ def _runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     with_hooks = compiled[grid]
 
     def launch(*arguments: Any) -> None:
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # of a profiler
+        # Of a profiler; anything else than Triton's chains of hooks is called, too.
+        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(hooks[0], "calls", True) or getattr(hooks[1], "calls", True):
             with_hooks(*arguments)
         else:
             run(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
@@ -158,16 +160,15 @@ class Problem(NamedTuple):
 def describe(inputs: Inputs) -> tuple[Any, ...]:
     """The problem that these tensors pose, as a key for caches: the arguments of `Problem`."""
     query, key, value, rpb, keys, values = inputs
-    dtype = query.dtype
     return (
-        (query.shape, query.stride(), dtype),
-        (key.shape, key.stride(), dtype),
-        (value.shape, value.stride(), dtype),
+        (query.shape, query.stride(), query.dtype),
+        (key.shape, key.stride(), key.dtype),
+        (value.shape, value.stride(), value.dtype),
         layout(rpb),
         layout(keys),
         layout(values),
         query.device,
-        dtype is torch.float32 and _allows_tf32(),
+        query.dtype is torch.float32 and _allows_tf32(),
     )
 
 

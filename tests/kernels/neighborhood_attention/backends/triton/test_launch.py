@@ -105,8 +105,10 @@ def test_equal_problems_are_equal_keys_and_others_are_not():
     assert hash(problem) == hash(describe(Inputs(*(x.clone() for x in tensors))))
     assert problem == describe(Inputs(*(x.clone() for x in tensors)))
     half = [x.half() for x in tensors]
+    mixed = [tensors[0], half[1], half[2]]
     strided = [*tensors[:2], tensors[2].transpose(1, 2).contiguous().transpose(1, 2)]
-    assert len({problem, describe(Inputs(*half)), describe(Inputs(*strided))}) == 3
+    others = [describe(Inputs(*others)) for others in (half, mixed, strided)]
+    assert len({problem, *others}) == 4
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -239,6 +241,9 @@ def test_a_profilers_hooks_see_every_launch(name, monkeypatch, driver):
     assert found == ((3, 1, 1), (*(x.data_ptr() for x in tensors), (3, 16), 2.0, 16))
     launch(*tensors)
     assert compiled.launches == [found]
+    monkeypatch.setattr(triton.knobs.runtime, name, print)
+    launch(*tensors)
+    assert compiled.launches_with_hooks == [found, found]
 
 
 @pytest.mark.interpreter
