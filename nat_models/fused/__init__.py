@@ -9,9 +9,10 @@ from nat_models.fused.functional import (
     add_norm_mlp,
     layer_norm,
     mlp,
+    small_linear,
 )
 from nat_models.fused.modules import LayerNorm, Mlp, is_observed
-from nat_models.fused.use import mlp_is_used, norm_is_used, using
+from nat_models.fused.use import mlp_is_used, norm_is_used, small_linear_is_used, using
 
 __all__ = [
     "Branch",
@@ -27,5 +28,7 @@ __all__ = [
     "mlp",
     "mlp_is_used",
     "norm_is_used",
+    "small_linear",
+    "small_linear_is_used",
     "using",
 ]

@@ -124,6 +124,27 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return F.linear(ops.linear_gelu(*arguments[:3], False)[1], *arguments[3:])
 
 
+def small_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None = None,
+    has_gelu: bool = False, gamma: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A linear layer of few rows, with what surrounds it, in one launch; without a gradient.
+
+    `residual + gamma * gelu(linear(norm(x)))`, each part but the layer optional.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N].
+        norm: What is made of `x` first.
+        has_gelu: Whether a GELU (arXiv:1606.08415) follows.
+        gamma: Layer scale, [N].
+        residual: What the result is added to, [..., N].
+    """
+    arguments = x, weight, bias, *(norm or (None, None, 0.0)), has_gelu, gamma, residual
+    return ops.small_linear(*arguments)  # type: ignore[no-any-return]
+
+
 def _add_layer_norm(
     x: Tensor, branch: Branch | None, norm: Norm, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

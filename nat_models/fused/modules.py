@@ -19,11 +19,15 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize."""
-        if not torch.jit.is_scripting() and norm_is_used(x):
+        if not torch.jit.is_scripting() and self._is_fused(x):
             x = layer_norm(x, Norm(self.weight, self.bias, self.eps))
         else:
             x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return x
+
+    @torch.jit.ignore
+    def _is_fused(self, x: Tensor) -> bool:
+        return norm_is_used(x)
 
 
 class Mlp(layers.Mlp):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("nat_models", "DEF")
-Results = tuple[Any, ...]  # tensors, None for what is not there
+Results = Any  # a tensor, or a tuple of tensors with None for what is not there
 
 
 def _define(
@@ -29,10 +29,10 @@ def _define(
     """
     name = schema[: schema.index("(")]
 
-    def fake(first: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    def fake(first: Tensor, *others: Any) -> Any:
         return _without_none(first, empty(first, *others))
 
-    def registered(first: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    def registered(first: Tensor, *others: Any) -> Any:
         return _without_none(first, run(first, *others))
 
     def run(first: Tensor, *others: Any) -> Results:
@@ -56,7 +56,9 @@ def _define(
     return call
 
 
-def _without_none(like: Tensor, results: Results) -> tuple[Tensor, ...]:
+def _without_none(like: Tensor, results: Results) -> Any:
+    if isinstance(results, Tensor):
+        return results
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
@@ -156,6 +158,26 @@ def _gelu_linear_backward(grad_output: Tensor, weight: Tensor, hidden: Tensor) -
     return *buffers, grad_bias
 
 
+def _small_linear_empty(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _small_linear(
+    x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any, eps: float,
+    has_gelu: bool, gamma: Any, residual: Any,
+) -> Tensor:  # fmt: skip
+    from nat_models.fused.kernels import small_linear
+
+    output = _small_linear_empty(x, weight)
+    if x.numel() > 0:
+        norm = norm_weight, norm_bias, eps
+        addition = gamma, _contiguous(residual)
+        small_linear.forward(
+            x.contiguous(), weight.contiguous(), bias, *norm, has_gelu, *addition, output
+        )
+    return output
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -192,4 +214,10 @@ gelu_linear_backward = _define(
     "-> (Tensor grad_hidden, Tensor activated, Tensor grad_bias)",
     _gelu_linear_backward_empty,
     _gelu_linear_backward,
+)
+small_linear = _define(
+    "small_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "float eps, bool has_gelu, Tensor? gamma, Tensor? residual) -> Tensor",
+    _small_linear_empty,
+    _small_linear,
 )

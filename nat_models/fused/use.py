@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Operation = Literal["add_layer_norm", "mlp"]
+Operation = Literal["add_layer_norm", "mlp", "small_linear"]
 
 # Below these a launch costs the host more than the GPU gains (benchmarks/NOTES.md).
 MIN_ROWS = 2**13  # of add_layer_norm: the GPU gains 1 ns a row
 MIN_HIDDEN = 2**25  # elements between an MLP's layers: the GPU gains 1 ps an element
+MAX_SMALL = 2**19  # elements of a map whose layers are small: by estimate
 
 _HALF = torch.bfloat16, torch.float16
 _DTYPES = *_HALF, torch.float32
 _MAX_CHANNELS = 4096  # a row is kept in registers
+_MAX_SMALL_CHANNELS = 1024  # the same, beside a block of the weight
 _chosen: frozenset[str] | None = None
 
 
@@ -31,7 +33,7 @@ def using(*operations: Operation) -> Iterator[None]:
     about the same of others. Code compiled under one choice is compiled again under another.
 
     Args:
-        operations: "add_layer_norm" (also alone, without an addition) and "mlp".
+        operations: "add_layer_norm" (also alone, without an addition), "mlp" and "small_linear".
     """
     global _chosen
     before, _chosen = _chosen, frozenset(operations)
@@ -77,6 +79,28 @@ def mlp_is_used(x: Tensor, weight1: Tensor, weight2: Tensor) -> bool:
         and _has_kernels(x.device, 9)
         and not _is_observed()
         and _fits(x, weight1, weight2)
+    )
+
+
+def small_linear_is_used(x: Tensor) -> bool:
+    """Whether `small_linear` takes a map [..., C] and what a block makes of it, if its weights fit.
+
+    Its weights are to have the map's dtype, and multiples of 16 channels.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and _is_plain(x)
+        and x.dtype in _HALF
+        and x.shape[-1] % 16 == 0
+        and x.shape[-1] <= _MAX_SMALL_CHANNELS
+        and (
+            "small_linear" in _chosen
+            if _chosen is not None
+            else _is_measured(x) and x.numel() <= MAX_SMALL
+        )
+        and _has_kernels(x.device, 9)
+        and not _is_observed()
+        and autocast_dtype(x) in (None, x.dtype)
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nat_models import fused
+from nat_models.models import few_tokens
 from neighborhood_attention import NeighborhoodAttention2D
 
 
@@ -77,12 +78,23 @@ class TransformerBlock(nn.Module):
         return x
 
     def _transform(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and self.is_fused(x):
+        if not torch.jit.is_scripting() and self.has_few_tokens(x):
+            x = self._few_tokens_forward(x)
+        elif not torch.jit.is_scripting() and self.is_fused(x):
             x = fused.add(*self.fused_forward(x))
         else:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
+
+    @torch.jit.ignore
+    def has_few_tokens(self, x: Tensor) -> bool:
+        """Whether `few_tokens` computes the block."""
+        return few_tokens.is_used(self, x)
+
+    @torch.jit.ignore
+    def _few_tokens_forward(self, x: Tensor) -> Tensor:
+        return few_tokens.forward(self, x)
 
     @torch.jit.ignore
     def is_fused(self, x: Tensor) -> bool:
@@ -236,6 +248,7 @@ class Stage(nn.Module):
                 and not block.grad_checkpointing
                 and not fused.is_observed(block)
                 and block.is_fused(x)
+                and not block.has_few_tokens(x)
                 for block in self.blocks
             )
         )

@@ -184,6 +184,31 @@ def test_frozen_parts(device, operation, frozen):
 
 
 @FUSED
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_small_linear(device, compiled):
+    """As the four layers of a block, and on a strided map."""
+    x, branch, norm = tensors(device, torch.float16)
+    residual, gamma, _ = branch
+    first = torch.randn(WIDTH, CHANNELS, device=device).half() / 8
+    second = torch.randn(CHANNELS, WIDTH, device=device).half() / 8
+    shift = torch.randn(WIDTH, device=device).half()
+
+    def function(x):
+        hidden = fused.small_linear(x, first, shift, norm, has_gelu=True)
+        return fused.small_linear(hidden, second, None, gamma=gamma, residual=residual)
+
+    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    with torch.no_grad():
+        strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+        outputs = [run(x), run(strided)]
+    hidden = F.layer_norm(x.double(), (CHANNELS,), norm.weight.double(), norm.bias.double())
+    hidden = F.gelu(F.linear(hidden, first.double(), shift.double()))
+    expected = residual.double() + gamma.double() * F.linear(hidden, second.double())
+    for output in outputs:
+        torch.testing.assert_close(output.double(), expected, rtol=5e-3, atol=5e-3)
+
+
+@FUSED
 def test_autocast(device):
     """A stream in fp32, branches in half precision; a norm in fp32, one for a branch in half."""
     x, branch, norm = tensors(device)

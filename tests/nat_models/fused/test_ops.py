@@ -73,3 +73,16 @@ def test_the_dispatcher_is_used_where_something_looks_in_between(maps, device):
         actual = ops.add_layer_norm(*arguments)
     assert seen[0] == "nat_models::add_layer_norm"
     assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "everything"])
+def test_small_linear(maps, device, is_alone):
+    x, residual = maps[0].half(), torch.randn(2, 3, 64, device=device).half()
+    weight = torch.randn(64, 32, device=device).half()
+    bias, gamma = (torch.randn(64, device=device).half() for _ in range(2))
+    arguments = (
+        (None, None, None, 0.0, False, None, None)
+        if is_alone
+        else (bias, *vectors(device), 1e-5, True, gamma, residual)
+    )
+    torch.library.opcheck(REGISTERED.small_linear, (x, weight, *arguments), test_utils=TESTS)

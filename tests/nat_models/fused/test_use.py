@@ -111,3 +111,28 @@ def test_what_is_no_plain_tensor_is_left_alone(on_hopper):
         assert not torch.func.vmap(lambda x: x * int(fused.norm_is_used(x)))(
             torch.ones(4, 64)
         ).any()
+
+
+def small_linear_is_used(shape, dtype=torch.bfloat16):
+    return fused.small_linear_is_used(torch.zeros(1, dtype=dtype).expand(shape))
+
+
+def test_small_maps_have_small_layers(on_hopper):
+    rows = use.MAX_SMALL // 64
+    assert not small_linear_is_used((rows, 64))  # a gradient may be needed
+    with torch.no_grad():
+        assert small_linear_is_used((rows, 64))
+        assert not small_linear_is_used((rows + 1, 64))
+        assert not small_linear_is_used((4, 72))
+        assert not small_linear_is_used((4, 2048))
+        assert not small_linear_is_used((4, 64), torch.float32)
+        with fused.using():
+            assert not small_linear_is_used((4, 64))
+        with fused.using("small_linear"):
+            assert small_linear_is_used((rows + 1, 64))
+
+
+def test_small_layers_leave_casts_to_autocast(on_hopper):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert small_linear_is_used((4, 64))
+        assert not small_linear_is_used((4, 64), torch.float16)

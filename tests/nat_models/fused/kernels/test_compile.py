@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="Triton is not available on this p
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nat_models.fused.kernels import layer_norm, linear_gelu  # noqa: E402
+from nat_models.fused.kernels import layer_norm, linear_gelu, small_linear  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
@@ -69,3 +69,27 @@ def test_layer_norm(has_branch):
     ):
         nothing = dict.fromkeys([] if has_branch else absent + unused)
         compile_kernel(kernel, constants | nothing, types, num_warps=4)
+
+
+@pytest.mark.parametrize("rows_channels", [(3136, 64), (196, 256), (49, 1024)], ids=str)
+@pytest.mark.parametrize("has_norm", [True, False], ids=["norm", "residual"])
+def test_small_linear(rows_channels, has_norm):
+    rows, channels = rows_channels
+    channels, width = (channels, 3 * channels) if has_norm else (3 * channels, channels)
+    tile = small_linear.choose_tile(rows, channels, width, has_norm)
+    constants = {
+        "EPS": 1e-5, "CHANNELS": channels, "WIDTH": width, "HAS_GELU": has_norm, "OVERLAPS": True,
+        "M": tile.rows, "N": tile.columns, "K": tile.channels, "SPLITS": tile.splits,
+    }  # fmt: skip
+    absent = ["gamma", "residual"] if has_norm else ["norm_weight", "norm_bias"]
+    compiled = compile_kernel(
+        small_linear._small_linear_kernel, constants | dict.fromkeys(absent), {},
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=True,
+    )  # fmt: skip
+    ptx = compiled.asm["ptx"]
+    assert "mma" in ptx
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    # What the kernel before has written is read after its end alone.
+    first, last = ptx.index("griddepcontrol.wait"), ptx.rindex("ld.global")
+    assert "st.global" not in ptx[:first]
+    assert last > first or "cp.async" in ptx[first:]
