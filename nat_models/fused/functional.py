@@ -115,13 +115,11 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         weight2: [M, N].
         bias2: [M].
     """
-    arguments: tuple[Any, ...] = x, weight1, bias1, weight2, bias2
-    cast = autocast_dtype(x)
-    if cast is not None:
-        arguments = tuple(t if t is None else t.to(cast) for t in arguments)
-    if _needs_gradient(*arguments):
-        return _Mlp.apply(*arguments)  # type: ignore[no-any-return]
-    return F.linear(ops.linear_gelu(*arguments[:3], False)[1], *arguments[3:])
+    dtype = autocast_dtype(x) or x.dtype
+    if _needs_gradient(x, weight1, bias1, weight2, bias2):
+        return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)  # type: ignore[no-any-return]
+    x, weight1, weight2, bias2 = _cast(dtype, x, weight1, weight2, bias2)
+    return F.linear(ops.linear_gelu(x, weight1, bias1, False)[1], weight2, bias2)
 
 
 def small_linear(
@@ -209,8 +207,9 @@ def _norm_backward(
     )  # fmt: skip
     if not has_branch or is_shared:
         grad_branch = grad_x if is_shared else None
-    grad_gamma = None if gamma is None else parameters[2]
-    return normalized, grad_x, grad_branch, grad_gamma, None, *parameters[:2], None, None
+    grad_weight, grad_bias, *grad_gamma = parameters.unbind()
+    gradients = grad_x, grad_branch, *(grad_gamma or [None]), None, grad_weight, grad_bias
+    return normalized, *gradients, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -233,6 +232,7 @@ class _AddNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Any, *norm: Any) -> tuple[Tensor, Tensor]:
         total, normalized, kept = _norm_forward(ctx, *norm)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         weight, bias = _cast(normalized.dtype, weight, bias)
         ctx.save_for_backward(weight, *kept)
         return total, F.linear(normalized, weight, bias)
@@ -245,7 +245,8 @@ class _AddNormLinear(torch.autograd.Function):
         rows = _rows(grad_output)
         normalized, *gradients = _norm_backward(ctx, kept, grad_total, rows @ weight, weight_needed)
         grad_weight = rows.T @ normalized if weight_needed else None
-        return grad_weight, rows.sum(0) if bias_needed else None, *gradients
+        grad_bias = rows.sum(0, dtype=ctx.bias_dtype) if bias_needed else None
+        return grad_weight, grad_bias, *gradients
 
 
 class _AddNormMlp(torch.autograd.Function):
@@ -254,7 +255,8 @@ class _AddNormMlp(torch.autograd.Function):
         ctx: Any, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Any, *norm: Any
     ) -> tuple[Tensor, Tensor]:
         total, normalized, kept = _norm_forward(ctx, *norm)
-        weight1, bias1, weight2, bias2 = _cast(normalized.dtype, weight1, bias1, weight2, bias2)
+        ctx.bias_dtype = None if bias2 is None else bias2.dtype
+        weight1, weight2, bias2 = _cast(normalized.dtype, weight1, weight2, bias2)
         hidden, activated = ops.linear_gelu(normalized, weight1, bias1, True)
         ctx.save_for_backward(hidden, weight1, weight2, *kept)
         return total, F.linear(activated, weight2, bias2)
@@ -264,7 +266,9 @@ class _AddNormMlp(torch.autograd.Function):
         _refuse_second_derivative()
         hidden, weight1, weight2, *kept = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        grad_hidden, *others = _gelu_linear_backward(grad_output, weight2, hidden, *needed[2:4])
+        grad_hidden, *others = _gelu_linear_backward(
+            grad_output, weight2, hidden, ctx.bias_dtype, *needed[2:4]
+        )
         normalized, *gradients = _norm_backward(
             ctx, kept, grad_total, grad_hidden @ weight1, needed[0]
         )
@@ -275,8 +279,11 @@ class _AddNormMlp(torch.autograd.Function):
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Any,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        ctx.bias_dtype = None if bias2 is None else bias2.dtype
+        x, weight1, weight2, bias2 = _cast(dtype, x, weight1, weight2, bias2)
         hidden, activated = ops.linear_gelu(x, weight1, bias1, True)
         ctx.save_for_backward(x, hidden, weight1, weight2)
         return F.linear(activated, weight2, bias2)
@@ -286,14 +293,17 @@ class _Mlp(torch.autograd.Function):
         _refuse_second_derivative()
         x, hidden, weight1, weight2 = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        grad_hidden, *others = _gelu_linear_backward(grad_output, weight2, hidden, *needed[3:])
+        grad_hidden, *others = _gelu_linear_backward(
+            grad_output, weight2, hidden, ctx.bias_dtype, *needed[3:5]
+        )
         grad_x = (grad_hidden @ weight1).view(x.shape) if needed[0] else None
-        return grad_x, grad_hidden.T @ _rows(x) if needed[1] else None, *others
+        return grad_x, grad_hidden.T @ _rows(x) if needed[1] else None, *others, None
 
 
 def _gelu_linear_backward(
-    grad_output: Tensor, weight: Tensor, hidden: Tensor, weight_needed: bool, bias_needed: bool
-) -> tuple[Any, ...]:
+    grad_output: Tensor, weight: Tensor, hidden: Tensor, bias_dtype: torch.dtype | None,
+    weight_needed: bool, bias_needed: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Through an MLP's second layer and the GELU in one pass.
 
     Returns:
@@ -305,7 +315,7 @@ def _gelu_linear_backward(
         _rows(grad_hidden),
         grad_bias,
         rows.T @ _rows(activated) if weight_needed else None,
-        rows.sum(0) if bias_needed else None,
+        rows.sum(0, dtype=bias_dtype) if bias_needed else None,
     )
 
 

@@ -45,7 +45,7 @@ def test_products(channels, is_gradient):
     constants = {"WIDTH": 3 * channels, "CHANNELS": channels, "M": m, "N": n, "K": k}
     constants |= dict.fromkeys(["bias"] if is_gradient else ["activated", "parts"])
     compiled = compile_kernel(
-        ways[tile.way], constants, types | {"parts": "*fp32"},
+        ways[tile.way], constants, types | {"bias": "*fp32", "parts": "*fp32"},
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     assert "wgmma" in compiled.asm["ptx"]
