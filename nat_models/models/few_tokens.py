@@ -13,20 +13,26 @@ from torch import Tensor, nn
 from nat_models import fused
 from neighborhood_attention import NeighborhoodAttention2D
 
-_BRANCH_END = (nn.Identity, LayerScale), (nn.Identity, DropPath)
-_BLOCK = (
-    (fused.LayerNorm,), (NeighborhoodAttention2D,), *_BRANCH_END,
-    (fused.LayerNorm,), (fused.Mlp,), *_BRANCH_END,
-)  # fmt: skip
-_ATTENTION = (nn.Linear,), (nn.Dropout,), (nn.Linear,), (nn.Dropout,)
-_MLP = (nn.Linear,), (nn.GELU,), (nn.Dropout,), (nn.Identity,), (nn.Linear,), (nn.Dropout,)
+# Types of the modules in a block, its attention and its MLP, by name.
+_SCALE, _DROP = (nn.Identity, LayerScale), (nn.Identity, DropPath)
+_BLOCK = {
+    "norm1": (fused.LayerNorm,), "attn": (NeighborhoodAttention2D,),
+    "ls1": _SCALE, "drop_path1": _DROP,
+    "norm2": (fused.LayerNorm,), "mlp": (fused.Mlp,),
+    "ls2": _SCALE, "drop_path2": _DROP,
+}  # fmt: skip
+_ATTENTION = {"qkv": (nn.Linear,), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)}
+_MLP = {
+    "fc1": (nn.Linear,), "act": (nn.GELU,), "drop1": (nn.Dropout,),
+    "fc2": (nn.Linear,), "drop2": (nn.Dropout,),
+}  # fmt: skip
+_RANDOM = nn.Dropout, DropPath
 
 
 def is_used(block: nn.Module, x: Tensor) -> bool:
-    """Whether `forward` takes a block and its map [B, H, W, C].
+    """Whether `forward` takes a block without hooks in it, and its map [B, H, W, C].
 
-    It calls none of the block's modules, so that each must be of a known type, in evaluation mode
-    and without hooks.
+    It calls none of the block's modules, so that each must be of a known type, and nothing random.
     """
     if block.training or not fused.small_linear_is_used(x):
         return False
@@ -65,16 +71,24 @@ def forward(block: nn.Module, x: Tensor) -> Tensor:
     )
 
 
+def has_hooks(block: nn.Module) -> bool:
+    """Whether a call of a module in a block does more than its forward."""
+    layers = _layers(block)
+    parts = layers["attn"], layers["mlp"]
+    modules = [*layers.values(), *(m for part in parts for m in _layers(part).values())]
+    return any(map(fused.is_observed, modules))
+
+
 def _layers(parent: nn.Module) -> dict[str, Any]:
     return parent._modules
 
 
-def _are_known(parent: nn.Module, types: tuple[tuple[type, ...], ...]) -> bool:
-    children = _layers(parent).values()
-    if len(children) != len(types):
-        return False
-    for child, accepted in zip(children, types, strict=True):
-        if type(child) not in accepted or child.training or fused.is_observed(child):
+def _are_known(parent: nn.Module, types: dict[str, tuple[type, ...]]) -> bool:
+    layers = _layers(parent)
+    for name, accepted in types.items():
+        layer = layers[name]
+        kind = type(layer)
+        if kind not in accepted or (kind in _RANDOM and layer.training):
             return False
     return True
 

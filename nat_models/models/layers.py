@@ -90,7 +90,11 @@ class TransformerBlock(nn.Module):
     @torch.jit.ignore
     def has_few_tokens(self, x: Tensor) -> bool:
         """Whether `few_tokens` computes the block."""
-        return few_tokens.is_used(self, x)
+        return few_tokens.is_used(self, x) and not self._has_hooks()
+
+    @torch.compiler.assume_constant_result  # as of all hooks in compiled code
+    def _has_hooks(self) -> bool:
+        return few_tokens.has_hooks(self)
 
     @torch.jit.ignore
     def _few_tokens_forward(self, x: Tensor) -> Tensor:
