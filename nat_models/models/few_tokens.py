@@ -4,6 +4,7 @@ Five launches: norm and qkv; attention; projection and addition; norm, fc1 and G
 addition. Modules are read from their dictionaries, in a third of the time of an attribute.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _layers(parent: nn.Module) -> dict[str, Any]:
     return parent._modules
 
 
-def _are_known(parent: nn.Module, types: dict[str, tuple[type, ...]]) -> bool:
+def _are_known(parent: nn.Module, types: Mapping[str, tuple[type, ...]]) -> bool:
     layers = _layers(parent)
     for name, accepted in types.items():
         layer = layers[name]
