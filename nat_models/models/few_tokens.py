@@ -47,6 +47,7 @@ def is_used(block: nn.Module, x: Tensor) -> bool:
         perceptron["act"].approximate == "none"
         and _is_affine(layers["norm1"])
         and _is_affine(layers["norm2"])
+        and x.dim() == 4
         and not attn.is_padded(x.shape[1:3])
         and _takes(attention["qkv"], x.dtype, channels)
         and _takes(attention["proj"], x.dtype, channels)

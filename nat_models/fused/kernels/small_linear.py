@@ -94,7 +94,7 @@ def _launch(
     return Launch(_small_linear_kernel, programs, arguments, **options)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _small_linear_kernel(
     x, weight, bias, norm_weight, norm_bias, gamma, residual, output, rows,
     EPS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HAS_GELU: tl.constexpr,

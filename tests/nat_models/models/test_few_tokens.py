@@ -1,6 +1,7 @@
 """A block with few tokens computes what its modules do, and leaves alone what it does not know."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -123,8 +124,34 @@ def test_padded_maps_are_left_alone(launches, size):
     assert launches == []
 
 
+def test_what_is_no_map_is_refused(launches):
+    with torch.no_grad(), pytest.raises(ValueError, match="expected"):
+        create_block()(torch.randn(5, 6, 16, dtype=torch.float64))
+
+
 def test_blocks_without_neighborhood_attention_are_left_alone(launches):
     block = TransformerBlock(16, nn.Linear(16, 16)).double().eval()
     with torch.no_grad():
         block(create_map(5, 6))
     assert launches == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"], ids=str)
+def test_on_a_gpu(mode):
+    """All sizes of a model, in half precision, against its other layers in fp64."""
+    model = timm.create_model("nat_tiny", layer_scale=0.5, num_classes=10).cuda().eval()
+    images = torch.randn(1, 3, 224, 224, device="cuda").bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        expected = model.double()(images.double())
+        model.bfloat16()
+        run = model if mode is None else torch.compile(model, fullgraph=True, mode=mode)
+        with fused.using("small_linear"):
+            actual = [run(images).clone() for _ in range(3)]
+        with fused.using():
+            unfused = model(images)
+    error = (unfused.double() - expected).abs().max()
+    for output in actual:
+        assert (output.double() - expected).abs().max() < 2 * error + 1e-3

@@ -114,3 +114,22 @@ def test_nothing_is_read_beyond_the_rows():
         memory = tensor.new_full((tensor.numel() + 64,), torch.nan)
         tensors[name] = memory[32:-32].view_as(tensor).copy_(tensor)
     assert torch.equal(run(tensors, has_gelu), expected)
+
+
+@pytest.mark.parametrize("tile", [WHOLE["whole in parts"], TILES["steps"]], ids=["whole", "steps"])
+def test_launches_that_overlap_wait_for_what_they_read(tile):
+    """Each takes what the one before has written, over memory that the one before read."""
+    tensors = draw(49, 128, 128, ["bias", "residual"])
+    maps = [tensors["residual"], torch.empty_like(tensors["residual"])]
+
+    def chain(tile):
+        maps[0].copy_(tensors["x"])
+        for i in range(16):
+            source, target = maps[i % 2], maps[1 - i % 2]
+            norm = None, None, 0.0
+            small_linear.forward(
+                source, tensors["weight"], tensors["bias"], *norm, True, None, source, target, tile
+            )
+        return maps[0].clone()
+
+    assert torch.equal(chain(tile), chain(tile._replace(overlaps=False)))
