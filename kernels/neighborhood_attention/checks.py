@@ -225,12 +225,13 @@ def checked_scale(name: str, scale: float | None, head_dim: int) -> float:
         return default
     if not isinstance(scale, (int, float, SymFloat)) or isinstance(scale, bool):
         raise TypeError(f"{name}={scale!r}: expected a number or None")
-    is_number = not (isinstance(scale, SymFloat) or torch.compiler.is_compiling())
-    if is_number and not abs(scale) <= float_info.max:
+    if isinstance(scale, SymFloat) or torch.compiler.is_compiling():
+        return scale
+    if not abs(scale) <= float_info.max:
         # Python refuses to print very large ints.
         found = f"<int of {scale.bit_length()} bits>" if isinstance(scale, int) else repr(scale)
         raise ValueError(f"{name}={found}: expected a finite number in the range of a float")
-    return scale
+    return float(scale)  # also of NumPy's, which Triton does not take
 
 
 def _check_like_query(name: str, tensor: Tensor, query: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 
 def _bits(*names: str) -> int:
@@ -35,13 +35,15 @@ _is_profiling = torch._C._autograd._profiler_enabled
 def is_idle(tensors: Iterable[Tensor | None]) -> bool:
     """Whether it would do nothing but call the operator's kernel, or that for its gradient.
 
-    It does more while a compiler, a tracer, a transform, a mode or a profiler looks on.
+    It does more while a compiler, a tracer, a transform, a mode or a profiler looks on. Not seen
+    are an ExecutionTraceObserver by itself, and kernels that others register for the operator.
     """
     if torch.compiler.is_compiling():  # first: TorchDynamo cannot trace the others
         return False
     if (
         _thread_keys().raw_repr() & ~_ALWAYS
         or _count_function_modes()
+        or profiler._is_profiler_enabled  # in any thread
         or _is_profiling()
         or forward_ad._current_level >= 0
     ):

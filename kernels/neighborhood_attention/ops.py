@@ -92,7 +92,7 @@ def _packed(
     qkv: Tensor, rpb: Tensor | None, flat_window: Sequence[int], scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     window = Neighborhood.from_flat(tuple(flat_window))
-    # The choice depends on heads and their dimensions alone, which are those of the parts.
+    # The choice does not depend on the axes: the whole stands for its parts.
     module = choose(backend, Inputs(qkv, qkv, qkv, rpb), window)
     if hasattr(module, "forward_packed"):
         output, lse = module.forward_packed(qkv, rpb, window, scale)

@@ -90,7 +90,7 @@ def choose(backend: str | None, inputs: Inputs, window: Neighborhood) -> ModuleT
         ValueError: No backend has this name.
         NotImplementedError: The backend asked for cannot run the problem.
     """
-    name = backend or resolve_backend(inputs.query.device.type)
+    name = resolve_backend(inputs.query.device.type) if backend is None else backend
     try:
         module = load(name)
         reason = module.supports(inputs, window)

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -114,3 +115,8 @@ def test_modes_and_profilers_see_the_operators(requires_grad):
     with FunctionMode() as mode:
         call()
     assert f"{OPERATOR}.default" in mode.seen
+
+
+def test_a_profiler_of_all_threads_is_seen_in_each():
+    with ThreadPoolExecutor(1) as pool, torch.profiler.profile():
+        assert not pool.submit(is_idle, [torch.ones(1)]).result()

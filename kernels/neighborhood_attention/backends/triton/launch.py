@@ -66,7 +66,7 @@ def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     runtime, driver = triton.knobs.runtime, triton.runtime.driver.active
     device, stream_of = driver.get_current_device(), driver.get_current_stream
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    with_hooks = compiled[grid]
+    with_hooks = compiled[grid]  # keeps the compiled code alive as well
 
     def launch(*arguments: Any) -> None:
         # Of a profiler; anything else than Triton's chains of hooks is called, too.
