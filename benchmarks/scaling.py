@@ -257,7 +257,7 @@ def time_steps(case: Record, folder: Path) -> Record:
     clock = Clock(case["rounds"], case["round_steps"])
     trainer = make_trainer(cfg)
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    module.run_by(choose_execution(cfg, trainer, module.model, case["batch"], is_long=True))
+    module.run_by(choose_execution(cfg, trainer, case["batch"], is_long=True))
     shape = (case["batch"], 3, case["size"], case["size"])
     trainer.fit(module, DeviceBatches(trainer, shape, module.num_classes, clock.steps))
     images = case["round_steps"] * case["batch"] * case["gpus"]

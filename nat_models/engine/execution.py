@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from nat_models.data import ImageDataModule
-from nat_models.engine.sharding import separate_blocks
 
 GRAPHS = "reduce-overhead"  # torch.compile's name for replaying CUDA graphs
 MODES = ("auto", False, "default", GRAPHS)
@@ -36,9 +35,9 @@ class Execution:
         """Lay out and compile in place: the names of the weights stay."""
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
-        if self.mode == GRAPHS:  # DDP would have a graph for each of its buckets
-            torch._dynamo.config.optimize_ddp = False
         if self.mode is not None:
+            # DDP would have a CUDA graph for each of its buckets.
+            torch._dynamo.config.optimize_ddp = self.mode != GRAPHS
             model.compile(dynamic=False, mode=self.mode)
 
     def __call__(self, model: nn.Module, images: Tensor) -> Any:
@@ -60,14 +59,13 @@ class Execution:
 
 
 def choose_execution(
-    cfg: DictConfig, trainer: Trainer, model: nn.Module, batch_size: int, is_long: bool
+    cfg: DictConfig, trainer: Trainer, batch_size: int, is_long: bool
 ) -> Execution:
     """What `channels_last` and `compile` of a configuration mean for a trainer.
 
     Args:
         cfg: Composed from configs/train.yaml or configs/eval.yaml.
         trainer: Tells device, strategy, and accumulated batches.
-        model: What is to run.
         batch_size: Images of a whole batch.
         is_long: Whether compiling takes less time than it saves.
 
@@ -92,15 +90,14 @@ def choose_execution(
             f"{trainer.accumulate_grad_batches} batches; expected compile=default"
         )
     if mode == "auto":
-        in_pieces = is_sharded and bool(separate_blocks(model))
-        mode = _mode(cfg, trainer, in_pieces) if on_gpu and is_long else False
+        mode = _mode(cfg, trainer, is_sharded) if on_gpu and is_long else False
     return Execution(layout, mode or None, batch_size)
 
 
-def _mode(cfg: DictConfig, trainer: Trainer, in_pieces: bool) -> str:
-    """CUDA graphs for a model in one piece, if their memory has to last no longer than a step."""
+def _mode(cfg: DictConfig, trainer: Trainer, is_sharded: bool) -> str:
+    """CUDA graphs for a whole model, if their memory has to last no longer than a step."""
     recomputes = "task" in cfg and cfg.task.grad_checkpointing
-    sound = not in_pieces and trainer.accumulate_grad_batches == 1 and not recomputes
+    sound = not is_sharded and trainer.accumulate_grad_batches == 1 and not recomputes
     return GRAPHS if sound else "default"
 
 

@@ -76,8 +76,7 @@ def train(cfg: DictConfig) -> float:
         if resumed:
             resumed.check_same_pace(data.pace(trainer))
         size = data.settings.batch_size
-        is_long = trains_long(trainer, data)
-        module.run_by(choose_execution(cfg, trainer, module.model, size, is_long))
+        module.run_by(choose_execution(cfg, trainer, size, trains_long(trainer, data)))
         claim(output, resuming=resumed is not None)
     with log_to_file(output / "train.log"), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)

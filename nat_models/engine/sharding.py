@@ -1,14 +1,13 @@
 """FSDP2: parameters, gradients and optimizer states divided among the processes."""
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-# 100 MB in fp32. Less is on its way before the host has started it, and each piece by itself is
-# one more that the compiler must not cross.
-MIN_PARAMETERS = 25_000_000
+# 0.4 GB in fp32. A smaller model is gathered at once: no piece of it is worth a collective of its
+# own, and the compiler takes it whole.
+MAX_AT_ONCE = 100_000_000
 
 
 class FSDP2(ModelParallelStrategy):
@@ -24,27 +23,24 @@ class FSDP2(ModelParallelStrategy):
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a timm model in place: its large blocks each by itself, then the rest.
+    """Shard a timm model in place: a large one's blocks each by itself, then the rest.
 
     Args:
         model: What timm's models are: their repeated parts lie in containers named `blocks`.
         mesh: One-dimensional mesh of the processes.
     """
-    blocks = separate_blocks(model)
-    for block in blocks:
+    for block in separate_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # They are compiled one by one, since they differ in their drop path.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, len(blocks))
 
 
 def separate_blocks(model: nn.Module) -> list[nn.Module]:
-    """Blocks large enough to be gathered each by itself."""
+    """Blocks that are gathered each by itself: those of a large model."""
+    if sum(parameter.numel() for parameter in model.parameters()) <= MAX_AT_ONCE:
+        return []
     return [
         block
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "blocks"
         for block in module.children()
-        if sum(parameter.numel() for parameter in block.parameters()) >= MIN_PARAMETERS
     ]

@@ -29,8 +29,9 @@ def using(*operations: Operation) -> Iterator[None]:
     """Run these operations fused wherever there are kernels for it, and no others.
 
     Without it they run fused on a GPU of the measured kind, where the tensors are large enough;
-    norms in compiled code only if layers after them are trained, since PyTorch's compiler makes
-    about the same of others. Code compiled under one choice is compiled again under another.
+    norms in compiled code only before layers and where gradients are enabled, since PyTorch's
+    compiler makes about the same of others. Code compiled under one choice is compiled again under
+    another.
 
     Args:
         operations: "add_layer_norm" (also alone, without an addition), "mlp" and "small_linear".

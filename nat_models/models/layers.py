@@ -167,7 +167,7 @@ def _branch(values: Tensor, scale: nn.Module, drop_path: nn.Module) -> fused.Bra
     if isinstance(drop_path, DropPath) and drop_path.training:
         probability = 1 - drop_path.drop_prob
         keep = values.new_empty(len(values)).bernoulli_(probability)
-        if probability > 0:
+        if probability > 0 and drop_path.scale_by_keep:
             keep /= probability
     return fused.Branch(values, gamma, keep)
 

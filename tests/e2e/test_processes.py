@@ -81,7 +81,7 @@ def test_two_processes_train_as_one_in_one_folder(
     compose, alone, tmp_path, monkeypatch, strategy, pieces
 ):
     if pieces > 1:  # the processes are forked
-        monkeypatch.setattr(sharding, "MIN_PARAMETERS", 0)
+        monkeypatch.setattr(sharding, "MAX_AT_ONCE", 0)
     options = [*OPTIONS, "data.batch_size=8", "trainer.devices=2", f"trainer.strategy={strategy}"]
     run_both([compose("train", *options, f"paths.output_dir={tmp_path}/{rank}") for rank in (0, 1)])
     assert os.listdir(tmp_path) == ["0"]

@@ -43,7 +43,7 @@ def forward(
     samples = rows // keep.numel() if keep is not None else 1
     _forward_launch(
         rows, x.shape[-1], samples, eps,
-        *_kinds(x, branch, gamma, keep, weight, total, normalized, standardized),
+        *_kinds(x, branch, gamma, keep, weight, bias, total, normalized, standardized),
     )(x, branch, gamma, keep, weight, bias, total, normalized, standardized, rstd)  # fmt: skip
 
 

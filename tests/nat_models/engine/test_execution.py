@@ -42,7 +42,7 @@ def on(kind: str, batches: int = 1) -> SimpleNamespace:
         ("cuda", 4, [], True, True, "default"),
         ("cuda", 1, ["task.grad_checkpointing=true"], True, True, "default"),
         ("ddp", 1, [], True, True, "reduce-overhead"),
-        ("fsdp2", 1, [], True, False, "reduce-overhead"),
+        ("fsdp2", 1, [], True, False, "default"),
         ("cuda", 1, ["compile=false", "channels_last=false"], True, False, None),
         ("cpu", 1, ["compile=default", "channels_last=true"], False, True, "default"),
         ("ddp", 1, ["compile=reduce-overhead"], False, True, "reduce-overhead"),
@@ -53,23 +53,23 @@ def test_auto_follows_device_processes_and_length(
     compose, kind, batches, overrides, is_long, channels_last, mode
 ):
     cfg = compose("train", *overrides)
-    chosen = choose_execution(cfg, on(kind, batches), nn.Identity(), 128, is_long)
+    chosen = choose_execution(cfg, on(kind, batches), 128, is_long)
     assert chosen == Execution(channels_last, mode, batch_size=128)
 
 
 def test_evaluation_is_chosen_the_same_way(compose):
-    chosen = choose_execution(compose("eval"), on("cuda"), nn.Identity(), 128, is_long=True)
+    chosen = choose_execution(compose("eval"), on("cuda"), 128, is_long=True)
     assert chosen == Execution(True, "reduce-overhead", batch_size=128)
     assert str(chosen) == "compiled, mode reduce-overhead, channels_last"
-    chosen = choose_execution(compose("eval"), on("cpu"), nn.Identity(), 128, True)
+    chosen = choose_execution(compose("eval"), on("cpu"), 128, True)
     assert chosen == Execution(batch_size=128)
 
 
-def test_a_model_in_pieces_is_not_replayed(compose):
-    with torch.device("meta"):
-        model = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(5000, 5000))})
-    for kind, mode in (("fsdp2", "default"), ("ddp", "reduce-overhead")):
-        assert choose_execution(compose("train"), on(kind), model, 128, True).mode == mode
+def test_ddp_does_not_cut_what_is_replayed():
+    with torch._dynamo.config.patch(optimize_ddp="untouched"):
+        for mode, cuts in (("reduce-overhead", False), ("default", True)):
+            Execution(mode=mode).prepare(nn.Identity())
+            assert torch._dynamo.config.optimize_ddp is cuts
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_model_in_pieces_is_not_replayed(compose):
 )
 def test_what_cannot_be_is_named(compose, kind, override, message):
     with pytest.raises(ValueError, match=message):
-        choose_execution(compose("train", override), on(kind, batches=2), nn.Identity(), 128, True)
+        choose_execution(compose("train", override), on(kind, batches=2), 128, True)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nat_models import fused
+from nat_models.models import layers
 from nat_models.models.layers import (
     ConvDownsampler,
     ConvTokenizer,
@@ -44,6 +45,13 @@ def test_stochastic_depth_drops_whole_branches():
         for i, out in enumerate(block.train()(x))
     ]
     assert 10 < sum(mlp_dropped) < 54
+
+
+@pytest.mark.parametrize(("scale_by_keep", "kept"), [(True, 2.0), (False, 1.0)], ids=str)
+def test_a_branch_left_to_a_norm_is_dropped_as_by_drop_path(scale_by_keep, kept):
+    drop_path = DropPath(0.5, scale_by_keep).train()
+    keep = layers._branch(torch.ones(64, 2, 2, 8), nn.Identity(), drop_path).keep
+    assert keep.unique().tolist() == [0.0, kept]
 
 
 def test_neighborhood_block_sees_its_window_only():
