@@ -18,6 +18,7 @@ CPU (gloo). It needs the project's dependencies and scikit-learn.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -406,7 +407,8 @@ def machine() -> Record:
     topology = None
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "topo", "-m"]
-        topology = subprocess.run(command, capture_output=True, text=True).stdout
+        underlined = subprocess.run(command, capture_output=True, text=True).stdout
+        topology = re.sub(r"\x1b\[\d*m", "", underlined)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "devices": torch.cuda.device_count(),
