@@ -16,7 +16,7 @@ COMPONENTS = {
     "optimizer": r"multi_tensor|adam",
     "convolution": r"convol|conv_|conv2d|fprop|dgrad|wgrad|implicit|nchw|nhwc",
     "normalization": r"layer_?norm|layer_norm|GammaBeta|batch_?norm",
-    "matrix products": r"gemm|nvjet|cutlass|cublas|split_?k|_mm_|addmm",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|split_?k|_mm_|addmm|small_linear",
     "activation": r"gelu",
     "copies": r"copy|memcpy|memset",
     "other": r"",

@@ -128,7 +128,8 @@ def small_linear(
 ) -> Tensor:  # fmt: skip
     """A linear layer of few rows, with what surrounds it, in one launch; without a gradient.
 
-    `residual + gamma * gelu(linear(norm(x)))`, each part but the layer optional.
+    `residual + gamma * gelu(linear(norm(x)))`, each part but the layer optional. Parameters may be
+    read before the launch just before this one has ended: that must not be what writes them.
 
     Args:
         x: [..., K].

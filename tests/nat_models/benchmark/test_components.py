@@ -20,6 +20,7 @@ from neighborhood_attention.backends.triton import fused  # noqa: F401 (its kern
         ("triton_per_fused_add_native_layer_norm_5", "normalization"),
         ("GammaBetaBackwardCUDAKernel", "normalization"),
         ("nvjet_sm90_tst_128x256_64x4", "matrix products"),
+        ("_small_linear_kernel", "matrix products"),
         ("triton_poi_fused_gelu_2", "activation"),
         ("triton_poi_fused__to_copy_1", "copies"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
