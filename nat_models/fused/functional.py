@@ -64,8 +64,14 @@ def add_norm_linear(
 
     Returns:
         The sum, and the linear layer's result.
+
+    Raises:
+        TypeError: The weight has another dtype than the norm, without autocast.
     """
-    arguments = weight, bias, *_addends(x, branch), *norm, _dtype_of_norm(x, branch)
+    dtype = _dtype_of_norm(x, branch)
+    if weight.dtype != dtype and autocast_dtype(x) is None:
+        raise TypeError(f"weight: expected the norm's dtype {dtype}, got {weight.dtype}")
+    arguments = weight, bias, *_addends(x, branch), *norm, dtype
     if _needs_gradient(*arguments[:-2]):
         total, output = _AddNormLinear.apply(*arguments)
     else:

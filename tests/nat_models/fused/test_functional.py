@@ -225,6 +225,14 @@ def test_autocast(device):
     torch.testing.assert_close(normalized.float(), expected[1], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_a_weight_of_another_dtype_is_refused(requires_grad):
+    x, weight = torch.ones(2, 16).half(), torch.ones(16, 16, requires_grad=requires_grad)
+    norm = fused.Norm(torch.ones(16).half(), torch.zeros(16).half(), 1e-5)
+    with pytest.raises(TypeError, match=r"weight: .* torch\.float16, got torch\.float32"):
+        fused.add_norm_linear(x, None, norm, weight, None)
+
+
 @FUSED
 def test_second_derivative_is_refused(device):
     x, branch, norm = tensors(device)
