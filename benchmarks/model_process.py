@@ -57,8 +57,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._idle:
-            self._idle.pop().end()
+        self._end_idle()
 
     def measure(
         self, cases: Sequence[Case], deadline: Deadline, profile: bool = True
@@ -95,7 +94,7 @@ class Workers:
             else:
                 alone.append(case)
         if alone:  # also without the idle ones' memory
-            self.__exit__()
+            self._end_idle()
         for case in alone:
             yield from self.measure([case], deadline, profile)
 
@@ -121,6 +120,10 @@ class Workers:
 
     def _worker(self) -> "Worker":
         return self._idle.pop() if self._idle else Worker(*self._arguments)
+
+    def _end_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().end()
 
     def _keep(
         self, workers: Sequence["Worker"], cases: Sequence[Case], deadline: Deadline, profile: bool

@@ -80,8 +80,8 @@ def main() -> None:
         pool.starmap(run_problem, CASES)  # compiles the kernels: the tools slow that down
     with ThreadPool(len(TOOLS)) as threads:
         results = threads.starmap(check, [(path, tool) for tool in TOOLS])
-    description = {"device": torch.cuda.get_device_name(), "commit": arguments.commit}
-    description["date"] = today()
+    machine = torch.cuda.get_device_name()
+    description = {"device": machine, "commit": arguments.commit, "date": today()}
     arguments.output.write_text(json.dumps({**description, "results": results}, indent=1) + "\n")
     print(*(f"{result['tool']}: {result['summary']}" for result in results), sep="\n")
     sys.exit(any(result["exit_code"] for result in results))

@@ -32,6 +32,15 @@ _count_function_modes = torch._C._len_torch_function_stack
 _is_profiling = torch._C._autograd._profiler_enabled
 
 
+def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether what is computed of them is to be differentiable."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def is_idle(tensors: Iterable[Tensor | None]) -> bool:
     """Whether it would do nothing but call the operator's kernel, or that for its gradient.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from neighborhood_attention.backends import Inputs, choose
-from neighborhood_attention.dispatcher import is_idle
+from neighborhood_attention.dispatcher import is_idle, needs_gradient
 from neighborhood_attention.geometry import Neighborhood
 
 _INPUTS = (
@@ -174,10 +174,8 @@ def autograd_kernel(
 
     def kernel(keys: Any, *arguments: Any) -> Any:
         refuse_transforms()
-        if torch.is_grad_enabled():
-            for tensor in arguments[:count]:
-                if tensor is not None and tensor.requires_grad:
-                    return function.apply(keys, *arguments)
+        if needs_gradient(arguments[:count]):
+            return function.apply(keys, *arguments)
         return below_autograd(operator, keys, arguments)
 
     return kernel
@@ -231,10 +229,8 @@ def _register(
     def call(*arguments: Any) -> Any:
         if not is_idle(arguments[:count]):
             return operator(*arguments)
-        if torch.is_grad_enabled():
-            for tensor in arguments[:count]:
-                if tensor is not None and tensor.requires_grad:
-                    return NeighborhoodAttention.apply(None, *arguments)
+        if needs_gradient(arguments[:count]):
+            return NeighborhoodAttention.apply(None, *arguments)
         return forward(*arguments)
 
     return call

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from nat_models.fused import ops
 from nat_models.fused.use import autocast_dtype
+from neighborhood_attention.dispatcher import needs_gradient
 
 
 class Branch(NamedTuple):
@@ -72,7 +73,7 @@ def add_norm_linear(
     if weight.dtype != dtype and autocast_dtype(x) is None:
         raise TypeError(f"weight: expected the norm's dtype {dtype}, got {weight.dtype}")
     arguments = weight, bias, *_addends(x, branch), *norm, dtype
-    if _needs_gradient(*arguments[:-2]):
+    if needs_gradient(arguments[:-2]):
         total, output = _AddNormLinear.apply(*arguments)
     else:
         total, normalized, *_ = ops.add_layer_norm(*arguments[2:], False)
@@ -91,7 +92,7 @@ def add_norm_mlp(
     """
     layers = weight1, bias1, weight2, bias2
     arguments = *layers, *_addends(x, branch), *norm, _dtype_of_norm(x, branch)
-    if _needs_gradient(*arguments[:-2]):
+    if needs_gradient(arguments[:-2]):
         total, output = _AddNormMlp.apply(*arguments)
     else:
         total, normalized, *_ = ops.add_layer_norm(*arguments[4:], False)
@@ -122,7 +123,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         bias2: [M].
     """
     dtype = autocast_dtype(x) or x.dtype
-    if _needs_gradient(x, weight1, bias1, weight2, bias2):
+    if needs_gradient((x, weight1, bias1, weight2, bias2)):
         return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)  # type: ignore[no-any-return]
     x, weight1, weight2, bias2 = _cast(dtype, x, weight1, weight2, bias2)
     return F.linear(ops.linear_gelu(x, weight1, bias1, False)[1], weight2, bias2)
@@ -154,7 +155,7 @@ def _add_layer_norm(
     x: Tensor, branch: Branch | None, norm: Norm, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     arguments = *_addends(x, branch), *norm, dtype
-    if _needs_gradient(*arguments[:-2]):
+    if needs_gradient(arguments[:-2]):
         return _AddLayerNorm.apply(*arguments)  # type: ignore[no-any-return]
     total, normalized, *_ = ops.add_layer_norm(*arguments, False)
     return total, normalized
@@ -168,14 +169,6 @@ def _dtype_of_norm(x: Tensor, branch: Branch | None) -> torch.dtype:
     """That of the linear layer after it."""
     addends = x.dtype if branch is None else torch.promote_types(x.dtype, branch.values.dtype)
     return autocast_dtype(x) or addends
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
 
 
 def _refuse_second_derivative() -> None:

@@ -62,18 +62,19 @@ class Mlp(layers.Mlp):
 
     @torch.jit.ignore
     def _fused_forward(self, x: Tensor) -> Tensor:
-        first, _, _, second = self._layers()
-        return mlp(x, first.weight, first.bias, second.weight, second.bias)
+        return mlp(x, *self._weights())
 
     @torch.jit.ignore
     def forward_from_sum(
         self, x: Tensor, branch: Branch | None, norm: Norm
     ) -> tuple[Tensor, Tensor]:
         """`add_layer_norm` and this MLP of the norm, where `is_fused`; returns the sum too."""
-        first, _, _, second = self._layers()
-        weights = first.weight, first.bias, second.weight, second.bias
-        total, values = add_norm_mlp(x, branch, norm, *weights)
+        total, values = add_norm_mlp(x, branch, norm, *self._weights())
         return total, self.drop2(values)
+
+    def _weights(self) -> tuple[Any, ...]:
+        first, _, _, second = self._layers()
+        return first.weight, first.bias, second.weight, second.bias
 
     def _layers(self) -> list[Any]:
         """What is fused; so the host finds them in a third of the time of `self.fc1`."""

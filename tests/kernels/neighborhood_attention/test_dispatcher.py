@@ -13,24 +13,22 @@ from neighborhood_attention.dispatcher import is_idle
 OPERATOR = "neighborhood_attention.attention_qkvpacked"
 
 
-class DispatchMode(TorchDispatchMode):
+class Recording:
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def record(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class FunctionMode(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class DispatchMode(Recording, TorchDispatchMode):
+    __torch_dispatch__ = Recording.record
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class FunctionMode(Recording, TorchFunctionMode):
+    __torch_function__ = Recording.record
 
 
 class Subclass(torch.Tensor):

@@ -168,14 +168,13 @@ def describe(inputs: Inputs) -> tuple[Any, ...]:
         layout(keys),
         layout(values),
         query.device,
-        query.dtype is torch.float32 and _allows_tf32(),
+        _is_tf32(query.dtype),
     )
 
 
 def describe_packed(qkv: Tensor, rpb: Tensor | None) -> tuple[Any, ...]:
     """As `describe`, of query, key and value packed into one tensor."""
-    tf32 = qkv.dtype is torch.float32 and _allows_tf32()
-    return layout(qkv), layout(rpb), qkv.device, tf32
+    return layout(qkv), layout(rpb), qkv.device, _is_tf32(qkv.dtype)
 
 
 def _part(sizes: Any) -> Any:
@@ -187,8 +186,8 @@ def layout(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
-def _allows_tf32() -> bool:
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+def _is_tf32(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def with_contiguous_heads(tensor: Tensor) -> Tensor:
