@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from timm.models import get_model_traits
@@ -17,6 +18,7 @@ from nat_models.engine.averaging import EMA
 from nat_models.engine.callbacks import ProgressBar
 from nat_models.engine.checkpoint_io import AtomicCheckpointIO
 from nat_models.engine.module import Classifier
+from nat_models.engine.replicas import DDP
 from nat_models.engine.sharding import FSDP2
 
 
@@ -37,6 +39,8 @@ def make_trainer(cfg: DictConfig) -> Trainer:
                 "trainer.strategy=fsdp2: the weights' average (callbacks.ema) is whole"
             )
         options["strategy"] = FSDP2()
+    # What Lightning chooses for several processes, too.
+    StrategyRegistry.register("ddp", DDP, override=True, start_method="popen")
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,

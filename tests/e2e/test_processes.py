@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from nat_models.engine import run, sharding
+from nat_models.engine import replicas, run, sharding
 
 # 33 images: of the held-out ones the processes have 17 and 16, in three and in two batches.
 OPTIONS = [
@@ -76,12 +76,14 @@ def run_both(cfgs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "pieces"), [("ddp", 0), ("fsdp2", 1), ("fsdp2", 4)], ids=str)
-def test_two_processes_train_as_one_in_one_folder(
-    compose, alone, tmp_path, monkeypatch, strategy, pieces
-):
-    if pieces > 1:  # the processes are forked
+@pytest.mark.parametrize("way", ["ddp", "ddp of graphs", "fsdp2", "fsdp2 in pieces"])
+def test_two_processes_train_as_one_in_one_folder(compose, alone, tmp_path, monkeypatch, way):
+    strategy = way.split()[0]
+    # The processes are forked.
+    if way == "fsdp2 in pieces":
         monkeypatch.setattr(sharding, "MAX_AT_ONCE", 0)
+    if way == "ddp of graphs":
+        monkeypatch.setattr(replicas, "replays_graphs", lambda module: True)
     options = [*OPTIONS, "data.batch_size=8", "trainer.devices=2", f"trainer.strategy={strategy}"]
     run_both([compose("train", *options, f"paths.output_dir={tmp_path}/{rank}") for rank in (0, 1)])
     assert os.listdir(tmp_path) == ["0"]
