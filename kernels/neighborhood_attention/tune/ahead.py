@@ -11,10 +11,13 @@ from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 
+from neighborhood_attention.backends.triton import tile_table
 from neighborhood_attention.backends.triton.tile import Tiles
 from neighborhood_attention.tune.passes import Pass, Work
 from neighborhood_attention.tune.records import Deadline
@@ -35,12 +38,14 @@ class Part:
         Raises:
             RuntimeError: Whatever the compiler raised, as another process can take it.
         """
-        run = triton.JITFunction.run
+        run, capability = triton.JITFunction.run, tile_table.capability
+        of_gpu = capability(torch.device("cuda")) if torch.cuda.is_available() else None
 
         def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             run(kernel, *args, grid=grid, warmup=True, **options)
 
         triton.JITFunction.run = only_compile
+        tile_table.capability = cache(lambda _: of_gpu)  # the tensors are on the CPU
         try:
             compiled = Pass(self.work, "cpu")
             compiled.use(self.tiles)
@@ -48,7 +53,7 @@ class Part:
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         finally:
-            triton.JITFunction.run = run
+            triton.JITFunction.run, tile_table.capability = run, capability
 
 
 class Ahead:

@@ -6,6 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from neighborhood_attention.backends.triton.fused_query_bias_gradient import MAX_STRIPS
+from neighborhood_attention.backends.triton.ring import takes
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import (
     NARROW,
@@ -30,6 +31,14 @@ _STRIPS = {
     2: [(1, 1, 16), (1, 2, 16), (1, 4, 16), (1, 8, 16), (1, 4, 8), (1, 8, 8)],
     3: [(1, 2, 8), (1, 4, 8), (2, 4, 8), (1, 2, 16), (1, 4, 4), (2, 4, 4)],
 }
+# With the keys in a ring: tile, strip and warps, and the tiles that a program walks down.
+_RINGS = [
+    ((1, 2, 8), (1, 2, 16), 1),
+    ((1, 2, 16), (1, 1, 16), 2),
+    ((1, 1, 16), (1, 1, 16), 1),
+    ((1, 4, 8), (1, 2, 16), 2),
+]
+_WALKS = 4, 7, 14
 # Stages, and registers of a thread.
 _OPTIONS: dict[str, list[tuple[int, int | None]]] = {
     "forward": [(2, 128), (3, 96)],
@@ -38,6 +47,7 @@ _OPTIONS: dict[str, list[tuple[int, int | None]]] = {
     "bias_gradient": [(2, None), (2, 128)],
     "query_bias_gradient": [(2, 168), (2, 128)],
     "whole_group": [(2, None), (1, None), (2, 168)],
+    "ring_forward": [(1, None), (1, 128)],
 }
 # Programs of a multiprocessor, where they always walk over images.
 _PROGRAMS = {"query_bias_gradient": (6, 8), "whole_group": (2, 3)}
@@ -63,13 +73,15 @@ def candidates(
     return [
         tile
         for tile, waste in wastes.items()
-        if waste <= limit and can_run(kernel, tile, window, problem.spatial)
+        if waste <= limit and can_run(kernel, tile, problem, window)
     ]
 
 
-def can_run(kernel: str, tile: Tile, window: Neighborhood, spatial: tuple[int, ...]) -> bool:
+def can_run(kernel: str, tile: Tile, problem: "Problem", window: Neighborhood) -> bool:
     """Whether the kernel takes these tiles for this problem."""
-    plan = plan_tiles(tile, window, tuple(spatial), kernel in _OF_KEYS)
+    plan = plan_tiles(tile, window, tuple(problem.spatial), kernel in _OF_KEYS)
+    if kernel == "ring_forward":
+        return takes(problem, window, plan)
     if kernel == "whole_group":
         return plan.holds_groups and tile.tile == tile.strip
     return kernel != "query_bias_gradient" or prod(plan.strips) <= MAX_STRIPS
@@ -87,6 +99,10 @@ def scores_of_a_token(
 def _listed(
     kernel: str, problem: "Problem", window: Neighborhood, multiprocessors: int
 ) -> Iterator[Tile]:
+    if kernel == "ring_forward":
+        for shape, options, walk in product(_RINGS, _OPTIONS[kernel], _WALKS):
+            yield Tile(*shape, *options, walk=walk)
+        return
     head_bytes = problem.query.dtype.itemsize * problem.head_arguments["BLOCK_D"]
     most = 1024 if head_bytes <= 64 else 512  # scores of a warp, for its registers
     waves = _PROGRAMS.get(kernel)
@@ -101,6 +117,6 @@ def _listed(
         for shape in shapes:
             yield Tile(*shape, stages, registers, programs)
     if kernel == "forward":  # it walks over images where a tile is a whole dilation group
-        whole = [s for s in shapes if can_run("whole_group", Tile(*s), window, problem.spatial)]
+        whole = [s for s in shapes if can_run("whole_group", Tile(*s), problem, window)]
         for shape, stages, count in product(whole, (1, 2, 3), (2, 4, 8)):
             yield Tile(*shape, stages, None, count * multiprocessors)

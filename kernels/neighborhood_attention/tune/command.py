@@ -9,7 +9,9 @@ command.
 
 A time is that of a whole pass with its bias, a CUDA graph replayed with a cold L2 cache: the median
 in microseconds. It counts only after the results of the first and the last image agreed with fp64.
-A kernel's tiles are chosen after those before it; the old tiles stay unless the new ones gain more
+Where one kernel can take the place of others, as ring_forward that of forward, the best that can
+run is tuned, and beside it those in use where they are others; the rest keep their tiles. A
+kernel's tiles are chosen after those before it; the old tiles stay unless the new ones gain more
 than 2 % and more than the times spread, measured once more, side by side. A pass whose tiles all
 fail is named at the end.
 """
@@ -28,7 +30,7 @@ from neighborhood_attention.backends.triton.tile_table import KERNELS, PRECISION
 from neighborhood_attention.backends.triton.tiles import choose_tiles, tiles_by_rule
 from neighborhood_attention.tune.ahead import Ahead, Part
 from neighborhood_attention.tune.choice import Chooser, NoTiles, is_of
-from neighborhood_attention.tune.passes import Pass, Shape, Work
+from neighborhood_attention.tune.passes import FORWARD_KERNELS, Pass, Shape, Work
 from neighborhood_attention.tune.records import (
     Deadline,
     Record,
@@ -99,7 +101,7 @@ def plan(arguments: argparse.Namespace) -> list[Work]:
     if not shapes:
         raise ValueError(f"--only {arguments.only}: no such problem in {arguments.problems}")
     of_pass = [
-        tuple(k for k in arguments.kernels if (k == "forward") == is_forward)
+        tuple(k for k in arguments.kernels if (k in FORWARD_KERNELS) == is_forward)
         for is_forward in (True, False)
     ]
     works: dict[object, Work] = {}

@@ -22,12 +22,14 @@ PRECISIONS = {
     "tf32": (torch.float32, 4e-3),
     "ieee": (torch.float32, 2e-5),
 }
-# The kernels of a backward, the best way first where it can run.
+# The kernels of a pass, the best way first where it can run.
+FORWARD_WAYS = (("ring_forward",), ("forward",))
 BACKWARD_WAYS = (
     ("whole_group",),
     ("query_bias_gradient", "key_gradient"),
     ("query_gradient", "bias_gradient", "key_gradient"),
 )
+FORWARD_KERNELS = tuple(kernel for way in FORWARD_WAYS for kernel in way)
 
 
 class Timing(NamedTuple):
@@ -90,12 +92,12 @@ class Work(NamedTuple):
     @property
     def name(self) -> str:
         """Of the pass."""
-        return "forward" if self.kernels == ("forward",) else "backward"
+        return "forward" if set(self.kernels) <= set(FORWARD_KERNELS) else "backward"
 
     @property
     def ways(self) -> tuple[tuple[str, ...], ...]:
         """The kernels that make up the pass, the best way first where it can run."""
-        return (("forward",),) if self.name == "forward" else BACKWARD_WAYS
+        return FORWARD_WAYS if self.name == "forward" else BACKWARD_WAYS
 
     @property
     def record(self) -> Record:

@@ -46,7 +46,7 @@ def find_routes(work: Work, problem: Problem, present: Tiles, multiprocessors: i
 
     def runs(kernel: str) -> bool:
         tile = getattr(present, kernel)
-        return tile is not None and can_run(kernel, tile, window, problem.spatial)
+        return tile is not None and can_run(kernel, tile, problem, window)
 
     present_way = next(way for way in work.ways if runs(way[0]))
     best_way = next(way for way in work.ways if options[way[0]])

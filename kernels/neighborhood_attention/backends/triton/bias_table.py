@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from neighborhood_attention.backends.triton.launch import (
     Launch,
     Problem,
+    can_overlap,
     plan_arguments,
     window_arguments,
 )
@@ -30,6 +32,7 @@ from neighborhood_attention.backends.triton.window import (
     block_positions,
     flat_block,
     group_length,
+    ring_strip,
     strip_start,
     tile_range,
     window_end,
@@ -52,7 +55,9 @@ class BiasTable:
             (prod(types) * strips * heads),
             {
                 "heads": heads, "size": three_axes(problem.spatial), "types": types,
-                "OF_KEYS": plan.of_keys, **window_arguments(window), **plan_arguments(plan),
+                "OF_KEYS": plan.of_keys, "IN_RING": plan.in_ring,
+                "OVERLAPS": plan.in_ring and can_overlap(problem.device),
+                **window_arguments(window), **plan_arguments(plan),
             },
         )  # fmt: skip
 
@@ -74,9 +79,12 @@ def _build_kernel(
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
-    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr, OF_KEYS: tl.constexpr,
+    ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
+    OF_KEYS: tl.constexpr, IN_RING: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One strip of one entry. Grid: (heads * types * strips,)."""
+    if OVERLAPS:
+        gdc_launch_dependents()  # the kernel that reads the table waits for it
     ALL_STRIPS: tl.constexpr = STRIPS[0] * STRIPS[1] * STRIPS[2]
     block = tl.program_id(0)
     first = strip_start(block % ALL_STRIPS, (0, 0, 0), STRIP, STRIPS)
@@ -87,14 +95,17 @@ def _build_kernel(
     attends_d, index_d = _axis_block(
         entry // (types[1] * types[2]), inner[0], first[0] + outer[0], size[0], front[0], back[0],
         KERNEL_SIZE[0], STRIDE[0], DILATION[0], IS_CAUSAL[0], TILE[0], OF_KEYS,
+        0, 0,
     )  # fmt: skip
     attends_h, index_h = _axis_block(
         entry // types[2] % types[1], inner[1], first[1] + outer[1], size[1], front[1], back[1],
         KERNEL_SIZE[1], STRIDE[1], DILATION[1], IS_CAUSAL[1], TILE[1], OF_KEYS,
+        STRIP[1] if IN_RING else 0, STRIPS[1],
     )  # fmt: skip
     attends_w, index_w = _axis_block(
         entry % types[2], inner[2], first[2] + outer[2], size[2], front[2], back[2],
         KERNEL_SIZE[2], STRIDE[2], DILATION[2], IS_CAUSAL[2], TILE[2], OF_KEYS,
+        0, 0,
     )  # fmt: skip
     attends = attends_d & attends_h & attends_w
     bias = tl.zeros(attends.shape, tl.float32)
@@ -118,7 +129,7 @@ def _axis_block(
     entry, tile_token, strip_token, size, front, back,
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    TILE: tl.constexpr, OF_KEYS: tl.constexpr,
+    TILE: tl.constexpr, OF_KEYS: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
     """Along one axis: which pairs of tokens attend, and their index into the bias."""
     is_short = entry // (front + 1 + back)
@@ -126,7 +137,11 @@ def _axis_block(
     length = group_length(is_short * (DILATION - 1), size, DILATION)
     tiles = (length + TILE - 1) // TILE
     tile = entry + (entry > front) * (tiles - back - front - 1)  # a tile of this type
-    start, _ = tile_range(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, OF_KEYS)
+    if STRIP > 0:
+        strip = ring_strip(tile, length, KERNEL_SIZE, TILE, STRIP, STRIPS)
+        start = strip * STRIP - KERNEL_SIZE // 2
+    else:
+        start, _ = tile_range(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, OF_KEYS)
     inner = (tile * TILE + tile_token)[:, None]
     outer = (start + strip_token)[None, :]
     if OF_KEYS:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton.bias_table import BiasTable
+from neighborhood_attention.backends.triton.fused_ring_forward import ring_forward
 from neighborhood_attention.backends.triton.fused_whole_group_forward import whole_group_forward
 from neighborhood_attention.backends.triton.launch import (
     CACHED_PROBLEMS,
@@ -33,7 +34,10 @@ from neighborhood_attention.backends.triton.launch import (
     window_arguments,
 )
 from neighborhood_attention.backends.triton.registers import in_rows
-from neighborhood_attention.backends.triton.tiles import choose_tiles, plan_tiles
+from neighborhood_attention.backends.triton.ring import ALIGNMENT
+from neighborhood_attention.backends.triton.ring import takes as takes_ring
+from neighborhood_attention.backends.triton.tile import Tile
+from neighborhood_attention.backends.triton.tiles import TilePlan, choose_tiles, plan_tiles
 from neighborhood_attention.backends.triton.window import (
     add_strip,
     additional_scores,
@@ -66,7 +70,8 @@ def forward(inputs: Inputs, window: Neighborhood, scale: float) -> tuple[Tensor,
     output = torch.empty((*shape, value.shape[-1]), dtype=query.dtype, device=device)
     lse = torch.empty(shape, dtype=torch.float32, device=device)
     if output.numel() > 0:
-        table, launch, takes_additional = _prepare(describe(inputs), window, scale)
+        is_aligned = not any(x.data_ptr() % ALIGNMENT for x in (query, key, value))
+        table, launch, takes_additional = _prepare(describe(inputs), window, scale, is_aligned)
         tensors = (query, key, value, *additional) if takes_additional else (query, key, value)
         launch(*tensors, table.build(rpb), output, lse)
     return output, lse
@@ -80,9 +85,11 @@ def forward_packed(
     output = torch.empty((*rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((*rows, heads), dtype=torch.float32, device=qkv.device)
     if output.numel() > 0:
-        table, launch, takes_additional = _prepare(describe_packed(qkv, rpb), window, scale)
-        built = table.build(rpb)
         query, step = qkv.data_ptr(), qkv.stride(-3) * qkv.itemsize
+        is_aligned = (query | step) % ALIGNMENT == 0
+        description = describe_packed(qkv, rpb)
+        table, launch, takes_additional = _prepare(description, window, scale, is_aligned)
+        built = table.build(rpb)
         additional = (0, 0) if takes_additional else ()
         results = built.data_ptr(), output.data_ptr(), lse.data_ptr()
         if not launch.at([query, query + step, query + 2 * step, *additional, *results]):
@@ -93,18 +100,27 @@ def forward_packed(
 
 @lru_cache(CACHED_PROBLEMS)
 def _prepare(
-    description: tuple[Any, ...], window: Neighborhood, scale: float
+    description: tuple[Any, ...], window: Neighborhood, scale: float, is_aligned: bool
 ) -> tuple[BiasTable, Launch, bool]:
     problem = Problem.of(description)
     batch, *spatial, heads, _ = problem.query.shape
-    tile = choose_tiles(problem, window).forward
-    plan = plan_tiles(tile, window, tuple(spatial), of_keys=False)
+    tiles = choose_tiles(problem, window)
+
+    def plan_of(tile: Tile) -> TilePlan:
+        return plan_tiles(tile, window, tuple(spatial), of_keys=False)
+
+    tile, plan = tiles.forward, plan_of(tiles.forward)
+    ring = tiles.ring_forward and plan_of(tiles.ring_forward)
+    if ring and is_aligned and takes_ring(problem, window, ring):
+        tile, plan = ring.tile, ring
     table = BiasTable(problem, window, plan)
     settings = {
         "table_stride": table.head_stride, **scale_arguments(scale),
         **problem.map_arguments(), **problem.head_arguments, **problem.additional_arguments,
         **window_arguments(window),
     }  # fmt: skip
+    if plan.in_ring:
+        return table, ring_forward(problem, plan, settings), False
     is_whole_group = plan.holds_groups and tile.tile == tile.strip
     if is_whole_group and problem.additional_keys is None:
         return table, whole_group_forward(problem, plan, settings), False

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from neighborhood_attention.backends import Inputs
+from neighborhood_attention.backends.triton import tile_table
 from neighborhood_attention.backends.triton.tiles import TilePlan, three_axes
 from neighborhood_attention.geometry import Neighborhood
 
@@ -77,6 +78,16 @@ def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
             run(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
 
     return launch
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can begin there before the one before it has ended.
+
+    Programmatic dependent launch, from Hopper on: a kernel that waits (`gdc_wait`) before it reads
+    what the one before it wrote, and that one tells that it may begin (`gdc_launch_dependents`).
+    """
+    capability = tile_table.capability(device)
+    return capability is not None and int(capability.split(".")[0]) >= 9
 
 
 class Layout(NamedTuple):

@@ -13,13 +13,15 @@ class Tile:
     num_warps: int
     num_stages: int = 2
     max_registers: int | None = None
-    programs: int = 2048  # to aim at where a program walks over images: more cost partial sums
+    programs: int = 2048  # to aim at where a program walks over images or, in a ring, over tiles
+    walk: int | None = None  # tiles that a program walks down at most, its keys in a ring
 
     def __str__(self) -> str:
         sizes = ("x".join(map(str, axes)) for axes in (self.tile, self.strip))
         cap = "" if self.max_registers is None else f" r{self.max_registers}"
         programs = "" if self.programs == Tile.programs else f" n{self.programs}"
-        return f"{'/'.join(sizes)} w{self.num_warps} s{self.num_stages}{cap}{programs}"
+        walk = "" if self.walk is None else f" walk{self.walk}"
+        return f"{'/'.join(sizes)} w{self.num_warps} s{self.num_stages}{cap}{programs}{walk}"
 
     @property
     def warps(self) -> tuple[int, int]:
@@ -47,3 +49,4 @@ class Tiles:
     bias_gradient: Tile
     query_bias_gradient: Tile | None = None  # in place of query and bias gradient
     whole_group: Tile | None = None  # in place of all gradients
+    ring_forward: Tile | None = None  # in place of the forward where it can run

@@ -32,6 +32,7 @@ WINDOWED = Tiles(
     key_gradient=Tile((1, 4, 8), (1, 2, 16), num_warps=1, max_registers=168),
     bias_gradient=Tile((1, 2, 8), (1, 4, 16), num_warps=1),
     query_bias_gradient=Tile((1, 2, 8), (1, 4, 16), 2, max_registers=168, programs=792),
+    ring_forward=Tile((1, 2, 8), (1, 2, 16), 1, 1, walk=7),
 )
 # Where two rows of a dilation group fit into one tile.
 NARROW = Tiles(
@@ -40,6 +41,7 @@ NARROW = Tiles(
     key_gradient=Tile((1, 2, 16), (1, 2, 16), num_warps=1, max_registers=168),
     bias_gradient=Tile((1, 2, 8), (1, 4, 16), num_warps=1),
     query_bias_gradient=Tile((1, 2, 8), (1, 4, 16), 2, max_registers=168, programs=792),
+    ring_forward=Tile((1, 2, 16), (1, 1, 16), 2, 1, max_registers=128, programs=1024, walk=7),
 )
 # Where a whole dilation group fits into one tile.
 WHOLE_GROUP = Tiles(
@@ -179,6 +181,11 @@ class TilePlan:
         self.positions = prod(axis.classes * axis.tiles for axis in self.axes)
         self.groups = prod(window.dilation)
         self.programs = self.groups * prod(axis.tiles for axis in self.axes)
+
+    @property
+    def in_ring(self) -> bool:
+        """Whether a program walks over tiles, with the strips that they share in a ring."""
+        return self.tile.walk is not None
 
     @property
     def holds_groups(self) -> bool:

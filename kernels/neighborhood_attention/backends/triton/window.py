@@ -190,6 +190,21 @@ def strip_start(strip, start, STRIP: tl.constexpr, STRIPS: tl.constexpr):
 
 
 @triton.jit
+def ring_strip(
+    tile, length,
+    KERNEL_SIZE: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+):  # fmt: skip
+    """On one axis, the first of the strips that hold a tile's keys, where tiles share strips.
+
+    A tile is as long as some strips. The first strip starts KERNEL_SIZE // 2 before the axis: then
+    the keys of a tile that lies far from the borders start with a strip, and fill STRIPS of them.
+    """
+    low = KERNEL_SIZE // 2 // STRIP
+    high = (length - 1 + KERNEL_SIZE // 2) // STRIP - (STRIPS - 1)
+    return tl.minimum(tl.maximum(tile * (TILE // STRIP), low), high)
+
+
+@triton.jit
 def block_positions(SHAPE: tl.constexpr, i):
     """Position, in a block of this shape, of its `i`-th token."""
     d = i * 0

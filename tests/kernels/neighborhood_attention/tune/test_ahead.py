@@ -1,11 +1,16 @@
 import os
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+import triton
+
+from neighborhood_attention.backends.triton import tile_table
 from neighborhood_attention.backends.triton.tiles import VOLUME, WINDOWED
 from neighborhood_attention.tune.ahead import Ahead, Part
 from neighborhood_attention.tune.passes import Shape, Work
@@ -15,30 +20,52 @@ SHAPE = Shape((20, 20), 2, 32, (7, 7), (1, 1), 4)
 FORWARD = Work(SHAPE, "half", ("forward",))
 
 
+PLAIN = replace(WINDOWED, ring_forward=None)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """By name, the options of the kernels that were compiled, none launched."""
+    found = {}
+
+    def run(kernel, *args, grid, warmup, **options):
+        assert warmup
+        found[kernel.__name__] = options | dict(zip(kernel.arg_names, args, strict=False))
+
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    yield found
+    assert triton.JITFunction.run is run
+
+
 @pytest.mark.parametrize(
-    ("kernels", "expected"),
+    ("kernels", "tiles", "expected"),
     [
-        pytest.param(("forward",), {"_forward_kernel"}, id="forward"),
+        pytest.param(("forward",), PLAIN, {"_forward_kernel"}, id="forward"),
+        pytest.param(("ring_forward",), WINDOWED, {"_ring_forward_kernel"}, id="ring"),
         pytest.param(
             ("key_gradient",),
+            WINDOWED,
             {"_query_bias_gradient_kernel", "_key_gradient_kernel"},
             id="backward",
         ),
     ],
 )
-def test_a_part_compiles_its_kernels_and_launches_none(kernels, expected, monkeypatch):
-    compiled = []
-
-    def run(kernel, *args, grid, warmup, **options):
-        assert warmup
-        compiled.append(kernel.__name__)
-
-    import triton
-
-    monkeypatch.setattr(triton.JITFunction, "run", run)
-    Part(Work(SHAPE, "half", kernels), WINDOWED)()
+def test_a_part_compiles_its_kernels_and_launches_none(kernels, tiles, expected, compiled):
+    Part(Work(SHAPE, "half", kernels), tiles)()
     assert set(compiled) - {"_build_kernel", "_reduce_kernel"} == expected
-    assert triton.JITFunction.run is run
+
+
+@pytest.mark.parametrize(("capability", "overlaps"), [("9.0", True), ("8.9", False)])
+def test_kernels_overlap_as_on_the_gpu(capability, overlaps, compiled, monkeypatch):
+    def capability_of(device):
+        return {"cuda": capability}.get(device.type)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tile_table, "capability", capability_of)
+    Part(Work(SHAPE, "half", ("ring_forward",)), WINDOWED)()
+    assert tile_table.capability is capability_of
+    assert compiled["_ring_forward_kernel"]["launch_pdl"] == overlaps
+    assert [options["OVERLAPS"] for options in compiled.values()] == [overlaps] * 2
 
 
 @pytest.mark.slow

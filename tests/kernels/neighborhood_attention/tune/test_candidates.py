@@ -1,3 +1,4 @@
+from itertools import product
 from math import prod
 
 import pytest
@@ -6,6 +7,7 @@ pytest.importorskip("triton")
 
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tile_table import KERNELS
+from neighborhood_attention.backends.triton.tiles import NARROW, WINDOWED
 from neighborhood_attention.tune.candidates import (
     MAX_WASTE,
     can_run,
@@ -37,6 +39,8 @@ ROW, ROWS, HALF, TALL = (1, 1, 16), (1, 2, 16), (1, 4, 8), (1, 4, 16)
         ("key_gradient", 14, Tile(ROWS, ROWS, 1, 2, 168)),
         ("query_bias_gradient", 56, Tile((1, 2, 8), TALL, 2, 2, 168, 792)),
         ("whole_group", 7, Tile((1, 8, 8), (1, 8, 8), 4, 2, None, 264)),
+        ("ring_forward", 56, WINDOWED.ring_forward),
+        ("ring_forward", 14, NARROW.ring_forward),
     ],
     ids=str,
 )
@@ -50,10 +54,11 @@ def test_candidates_can_run_and_waste_little(kernel, dims):
     found, problem, window = find(kernel, 14, dims)
     # 14 tokens an axis are too many for a tile, and a window of 7x7x7 for two strips.
     cannot = kernel == "whole_group" or (kernel == "query_bias_gradient" and dims == 3)
+    cannot |= kernel == "ring_forward" and dims != 2
     assert bool(found) != cannot
     assert len(set(found)) == len(found)
     scores = [scores_of_a_token(kernel, tile, window, problem.spatial) for tile in found]
-    assert all(can_run(kernel, tile, window, problem.spatial) for tile in found)
+    assert all(can_run(kernel, tile, problem, window) for tile in found)
     assert max(scores, default=0) <= MAX_WASTE * min(scores, default=0)
 
 
@@ -76,6 +81,22 @@ def test_large_heads_get_fewer_scores_a_warp():
 def test_a_forward_of_whole_groups_tries_several_programs():
     programs = {side: {tile.programs for tile in find("forward", side)[0]} for side in (7, 56)}
     assert programs == {7: {2048, 2 * H100, 4 * H100, 8 * H100}, 56: {2048}}
+
+
+def test_a_ring_is_tried_with_several_walks():
+    found = [tile for tile in find("ring_forward", 56)[0] if tile.tile == HALF]
+    assert {(tile.max_registers, tile.walk) for tile in found} == {
+        *product((None, 128), (4, 7, 14))
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"precision": "tf32"}, {"head_dim": 24}, {"kernel_size": 11}],
+    ids=str,
+)
+def test_a_ring_is_not_tried_where_its_kernel_cannot_run(change):
+    assert not find("ring_forward", 56, **change)[0]
 
 
 def test_groups_of_one_tile_alone_take_all_gradients_at_once():

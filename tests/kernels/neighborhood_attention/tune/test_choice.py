@@ -16,6 +16,9 @@ WORK = Work(SHAPE, "half", ("forward",))
 BACKWARD = Work(SHAPE, "half", ("query_bias_gradient", "key_gradient"))
 
 
+PLAIN = replace(WINDOWED, ring_forward=None)
+
+
 def tile(warps):
     return Tile((1, 4, 8), (1, 2, 16), warps)
 
@@ -48,7 +51,7 @@ def records(tmp_path):
 def choose(bench, records, work=WORK, wait=lambda tiles: None):
     told = []
     chooser = Chooser(work, bench, records, wait, told.append)
-    start = replace(WINDOWED, forward=tile(1))
+    start = replace(PLAIN, forward=tile(1))
     route = Route(start, {"forward": [tile(2), tile(4), tile(8)]})
     chosen = chooser.choose([route]).forward.num_warps
     assert len(told) == len([*route.trials])
@@ -114,7 +117,7 @@ def test_an_interrupted_choice_goes_on_where_it_ended(records, tmp_path):
 def test_a_time_that_did_not_count_then_is_checked_when_it_would(records):
     choose(Bench({1: 10, 2: 90, 4: 95, 8: 80}), records)
     chooser = Chooser(WORK, bench := Bench({4: 95}), records, lambda _: None, lambda _: None)
-    chooser.choose([Route(replace(WINDOWED, forward=tile(4)), {})])
+    chooser.choose([Route(replace(PLAIN, forward=tile(4)), {})])
     assert bench.checked == [4]
 
 
@@ -136,7 +139,9 @@ def test_an_entry_holds_the_kernels_in_use_and_what_differs_from_the_rule():
         "bias_gradient": WINDOWED.bias_gradient,
     }  # fmt: skip
     forward = Chooser(WORK, Bench({}), None, None, None)
-    assert forward.entry(separate, WINDOWED) == {"forward": WINDOWED.forward}
+    assert forward.entry(PLAIN, PLAIN) == {"forward": WINDOWED.forward}
+    assert forward.entry(PLAIN, WINDOWED) == {"forward": WINDOWED.forward, "ring_forward": None}
+    assert forward.entry(WINDOWED, WINDOWED) == {"ring_forward": WINDOWED.ring_forward}
 
 
 def test_a_choice_is_known_by_pass_and_kernels():

@@ -46,6 +46,8 @@ def test_a_problem_of_each_entry_is_tuned_forward_and_backward(problems):
         (7, 2, "forward"), (7, 2, "backward"),
     ]  # fmt: skip
     assert [work.shape.dilation[0] for work in works] == [1, 1, 8, 8, 1, 1]
+    assert set(works[0].kernels) == {"forward", "ring_forward"}
+    assert {*works[0].kernels, *works[1].kernels} == set(tile_table.KERNELS)
 
 
 def test_options_choose_problems_kernels_and_precisions(problems):

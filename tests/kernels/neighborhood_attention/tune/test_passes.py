@@ -50,9 +50,14 @@ def test_a_shape_that_cannot_be_is_refused(change, error, message):
 
 
 def test_a_pass_has_its_ways():
-    assert FORWARD.ways == (("forward",),)
+    assert FORWARD.ways == (("ring_forward",), ("forward",))
     assert BACKWARD.ways[0] == ("whole_group",)
     assert (FORWARD.record["pass"], BACKWARD.record["pass"]) == ("forward", "backward")
+
+
+@pytest.mark.parametrize("kernels", [("ring_forward",), ("forward", "ring_forward")], ids=str)
+def test_the_pass_of_every_way_has_one_name(kernels):
+    assert FORWARD._replace(kernels=kernels).record == FORWARD.record
 
 
 def test_the_tiles_in_use_are_those_of_the_problem(prepare):

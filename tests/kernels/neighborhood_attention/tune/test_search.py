@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import WHOLE_GROUP, WINDOWED
-from neighborhood_attention.tune.passes import Pass, Shape, Timing, Work
+from neighborhood_attention.tune.passes import FORWARD_KERNELS, Pass, Shape, Timing, Work
 from neighborhood_attention.tune.search import Route, fastest, find_routes, is_clearly_faster
 
 BACKWARD = "query_gradient", "key_gradient", "bias_gradient", "query_bias_gradient", "whole_group"
@@ -72,10 +72,24 @@ def test_the_faster_route_wins_and_failures_lose():
     assert best == 7
 
 
-def test_the_forward_has_one_route():
-    (route,) = routes_of(56, ("forward",))
+def test_the_forward_in_a_ring_is_tuned_alone_where_it_is_in_use():
+    (route,) = routes_of(56, FORWARD_KERNELS)
+    assert list(route.options) == ["ring_forward"]
+    assert route.start.ring_forward == WINDOWED.ring_forward
+
+
+def test_the_forward_in_a_ring_is_tuned_beside_the_one_in_use():
+    plain, ring = routes_of(56, FORWARD_KERNELS, replace(WINDOWED, ring_forward=None))
+    assert list(plain.options) == ["forward"]
+    assert (plain.start.forward, plain.start.ring_forward) == (WINDOWED.forward, None)
+    assert list(ring.options) == ["ring_forward"]
+    assert ring.start.ring_forward == ring.options["ring_forward"][0]
+
+
+def test_the_other_forward_is_tuned_where_the_one_in_a_ring_cannot_run():
+    (route,) = routes_of(56, FORWARD_KERNELS, kernel_size=11)
     assert list(route.options) == ["forward"]
-    assert route.start.forward == WINDOWED.forward
+    assert route.start.ring_forward is None
 
 
 def test_the_present_way_is_tuned_alone_where_it_is_the_best():
@@ -98,6 +112,8 @@ def test_a_better_way_is_tuned_beside_the_present_one():
 def test_only_kernels_asked_for_are_tuned():
     (route,) = routes_of(24, ("key_gradient",), kernel_size=11)
     assert list(route.options) == ["key_gradient"]
+    (route,) = routes_of(56, ("forward",), replace(WINDOWED, ring_forward=None))
+    assert list(route.options) == ["forward"]
     (route,) = routes_of(56, ("key_gradient",), WHOLE_GROUP, dilation=8)
     assert [*route.trials] == [WHOLE_GROUP]
 

@@ -34,6 +34,13 @@ CASES = [
         (1, 2, 4),
     ),
 ]
+# With strips of rows that tiles share: these start kernel_size // 2 before the map.
+RINGS = [
+    (Case((11, 8), (7, 3), heads=1), (1, 2, 4), (1, 2, 8)),
+    (Case((15, 8), (4, 3), dilation=(2, 1), heads=2), (1, 2, 4), (1, 1, 8)),
+    (Case((19, 9), (5, 4), dilation=(1, 2), heads=1), (1, 4, 2), (1, 2, 8)),
+    (Case((9, 10), (2, 3), heads=1, rpb=False), (1, 1, 4), (1, 1, 8)),
+]
 
 
 def three(values, filler=1):
@@ -65,9 +72,20 @@ def axis_blocks(case, plan, a):
             kind = min(t, axis.front) + max(0, t - tiles + axis.back + 1)
             own = {pair: n for pair, n in pairs.items() if pair[0] // tile == t}
             start = min(other for _, other in own)
+            if plan.in_ring and a == 1:
+                start = ring_start(t, len(positions), kernel_size, plan)
             block = {(inner - t * tile, other - start): n for (inner, other), n in own.items()}
             blocks.append((kind + short * axis.types // axis.classes, block))
     return blocks
+
+
+def ring_start(t, length, kernel_size, plan):
+    """Of a tile's first strip: aligned to the tile but for those that reach over a border."""
+    tile, strip, strips = plan.tile.tile[1], plan.tile.strip[1], plan.strips[1]
+    lead = kernel_size // 2
+    last_strip = (length - 1 + lead) // strip
+    first_strip = min(max(t * tile // strip, lead // strip), last_strip - strips + 1)
+    return first_strip * strip - lead
 
 
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
@@ -75,9 +93,24 @@ def axis_blocks(case, plan, a):
 def test_entries_hold_the_bias_inside_the_window_and_minus_infinity_outside(
     case, tile, strip, of_keys, device
 ):
+    plan = TilePlan(
+        Tile(tile, strip, num_warps=1), Neighborhood(*case.window), case.spatial, of_keys
+    )
+    check_table(case, plan, device)
+
+
+@pytest.mark.parametrize(("case", "tile", "strip"), RINGS, ids=[str(case) for case, *_ in RINGS])
+def test_entries_of_tiles_that_share_strips_have_these_in_order(case, tile, strip, device):
+    in_ring = Tile(tile, strip, num_warps=1, walk=7)
+    plan = TilePlan(in_ring, Neighborhood(*case.window), case.spatial, of_keys=False)
+    assert plan.strips == (1, plan.strips[1], 1)
+    check_table(case, plan, device)
+
+
+def check_table(case, plan, device):
+    """Every entry must be as the definition has it."""
     qkv, rpb = inputs(case, torch.float32, device)
-    window = Neighborhood(*case.window)
-    plan = TilePlan(Tile(tile, strip, num_warps=1), window, case.spatial, of_keys)
+    window, tile, strip = Neighborhood(*case.window), plan.tile.tile, plan.tile.strip
     table = BiasTable(Problem.of(describe(Inputs(*qkv.unbind(-3), rpb))), window, plan)
     heads = case.heads if case.rpb else 1
     assert table.head_stride == (table.entry if heads > 1 else 0)

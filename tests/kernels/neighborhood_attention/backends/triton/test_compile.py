@@ -1,6 +1,9 @@
 """Every launch compiles for Hopper; that needs no GPU, and the interpreter misses such errors."""
 
 import random
+import re
+import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +12,16 @@ triton = pytest.importorskip("triton", reason="Triton is not available on this p
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from neighborhood_attention.backends import Inputs, load  # noqa: E402
-from neighborhood_attention.backends.triton import fused_backward, fused_forward, tiles  # noqa: E402
+from neighborhood_attention.backends.triton import (  # noqa: E402
+    bias_table,
+    fused_backward,
+    fused_forward,
+    fused_ring_forward,
+    tiles,
+)
 from neighborhood_attention.backends.triton.launch import Problem, describe  # noqa: E402
 from neighborhood_attention.backends.triton.tile_table import Key, table  # noqa: E402
 from neighborhood_attention.geometry import Neighborhood  # noqa: E402
@@ -20,7 +30,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 # Shared memory of a block, in bytes: of Hopper, and of the smallest GPUs (compute capability 8.6).
 LARGE, SMALL = 227 * 1024, 99 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 def specialised(kernel, args, kwargs):
@@ -53,7 +63,8 @@ def specialised(kernel, args, kwargs):
 
 def compile_launch(kernel, args, kwargs):
     *source, options = specialised(kernel, args, kwargs)
-    return triton.compile(ASTSource(kernel, *source), target=HOPPER, options=options)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(language(kernel, *source), target=HOPPER, options=options)
 
 
 @pytest.fixture
@@ -120,6 +131,51 @@ def test_all_kernels_compile_for_hopper(name, launches):
         assert compiled.metadata.shared <= SMALL, kernel.__name__
 
 
+RINGS = {  # spatial, tiles
+    "windowed": ((56, 56), tiles.WINDOWED),
+    "narrow": ((28, 14), tiles.NARROW),
+}
+
+
+def stack_bytes(compiled, folder):
+    """What a thread spills."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    (stack,) = re.findall(r"STACK:(\d+)", usage.stdout)
+    return int(stack)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("name", RINGS)
+def test_the_kernel_with_a_ring_compiles_for_hopper(
+    name, head_dim, dtype, launches, monkeypatch, tmp_path
+):
+    spatial, choice = RINGS[name]
+    if head_dim > 32:  # more registers
+        choice = replace(choice, ring_forward=replace(choice.ring_forward, max_registers=None))
+        monkeypatch.setattr(fused_forward, "choose_tiles", lambda problem, window: choice)
+    for module in (bias_table, fused_ring_forward):
+        monkeypatch.setattr(module, "can_overlap", lambda device: True)
+    fused_forward._prepare.cache_clear()
+    window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
+    qkv = torch.ones(2, *spatial, 3, 4, head_dim, dtype=dtype)
+    rpb = torch.ones(4, *window.bias_shape)
+    fused_forward.forward_packed(qkv, rpb, window, 0.5)
+    fused_forward._prepare.cache_clear()
+    assert [kernel.__name__ for kernel, *_ in launches] == ["_build_kernel", "_ring_forward_kernel"]
+    for kernel, args, kwargs in launches:
+        compiled = compile_launch(kernel, args, kwargs)
+        assert ".target sm_90" in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= SMALL, kernel.__name__
+        assert stack_bytes(compiled, tmp_path) <= 64, kernel.__name__
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
+    assert compiled.metadata.launch_pdl
+
+
 def test_a_hundred_sizes_share_a_few_compilations(launches):
     window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
     sizes = random.Random(0)
@@ -150,14 +206,25 @@ def test_the_tiles_of_the_table_compile_for_hopper(key, launches, monkeypatch):
     inputs = Inputs(rows, rows, rows, torch.ones(4, *window.bias_shape))
     here = Key.of(Problem.of(describe(inputs)), window)
     assert here == key._replace(capability=None)
-    monkeypatch.setitem(table(), here, table()[key])
-    output, lse = fused_forward.forward(inputs, window, 0.5)
-    fused_backward.backward(output, None, inputs, output, lse, window, 0.5, inputs)
+    entry = table()[key]
+    for out_of_use in ({}, {"ring_forward": None}):  # then the other forward
+        monkeypatch.setitem(table(), here, {**entry, **out_of_use})
+        fused_forward._prepare.cache_clear()
+        fused_backward._prepare.cache_clear()
+        output, lse = fused_forward.forward(inputs, window, 0.5)
+        fused_backward.backward(output, None, inputs, output, lse, window, 0.5, inputs)
     shared = "_build_kernel", "_reduce_kernel"
     tiled = [launch for launch in launches if launch[0].__name__ not in shared]
-    assert len(tiled) == sum(tile is not None for tile in table()[key].values())
+    found = [settings_of(*launch) for launch in tiled]
+    assert all((tile.tile, tile.options) in found for tile in entry.values() if tile is not None)
     for kernel, args, kwargs in tiled:
         assert compile_launch(kernel, args, kwargs).metadata.shared <= LARGE, kernel.__name__
+
+
+def settings_of(kernel, args, kwargs):
+    """The tile of a launch, and its options."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    return values["TILE"], {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg")}
 
 
 UNFUSED = {  # spatial, window, dilation, head dimensions, dtype

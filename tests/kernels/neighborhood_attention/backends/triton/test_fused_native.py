@@ -112,16 +112,20 @@ SHAPES = [
 
 @pytest.fixture
 def configure(monkeypatch):
-    """configure(NAME): these tiles for all problems."""
+    """configure(NAME): these tiles for all problems; test_fused_ring_forward.py has those rings."""
 
     def configure(name):
+        chosen = replace(getattr(tiles, name), ring_forward=None)
         for module in (fused_forward, fused_backward):
-            monkeypatch.setattr(
-                module, "choose_tiles", lambda problem, window: getattr(tiles, name)
-            )
-            module._prepare.cache_clear()
+            monkeypatch.setattr(module, "choose_tiles", lambda problem, window: chosen)
 
+    clear_prepared()
     yield configure
+    clear_prepared()
+
+
+def clear_prepared():
+    """Forget the launches of all problems."""
     for module in (fused_forward, fused_backward):
         module._prepare.cache_clear()
 
@@ -145,8 +149,16 @@ ENTRIES = [
 @pytest.mark.parametrize(
     ("key", "dtype"), ENTRIES, ids=["-".join(map(str, (*key, dtype))) for key, dtype in ENTRIES]
 )
-def test_the_tiles_of_the_table_agree_with_the_definition(key, dtype):
+@pytest.mark.parametrize("in_ring", [True, False], ids=["ring", "no ring"])
+def test_the_tiles_of_the_table_agree_with_the_definition(
+    in_ring, key, dtype, request, monkeypatch
+):
     """On another GPU than the entry's, those by the rule."""
+    if not in_ring:
+        entry = tile_table.table()[key]
+        monkeypatch.setitem(tile_table.table(), key, {**entry, "ring_forward": None})
+        request.addfinalizer(clear_prepared)
+        clear_prepared()
     torch.set_float32_matmul_precision("high" if key.precision == "tf32" else "highest")
     dilation = 1 + key.is_dilated
     spatial = tuple(length * dilation for length in key.group)

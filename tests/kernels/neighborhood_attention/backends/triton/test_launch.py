@@ -7,10 +7,12 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from neighborhood_attention.backends import Inputs  # noqa: E402
+from neighborhood_attention.backends.triton import tile_table  # noqa: E402
 from neighborhood_attention.backends.triton.launch import (  # noqa: E402
     Launch,
     Layout,
     Problem,
+    can_overlap,
     describe,
     describe_packed,
     layout,
@@ -255,6 +257,14 @@ def test_an_interpreted_launch_runs_each_time(device):
         torch.testing.assert_close(target, 2 * source + addend)
         launch(source, None, target)
         torch.testing.assert_close(target, 2 * source)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("9.0", True), ("12.0", True), ("8.9", False), (None, False)]
+)
+def test_kernels_overlap_from_hopper_on(capability, expected, monkeypatch):
+    monkeypatch.setattr(tile_table, "capability", {torch.device("cuda"): capability}.get)
+    assert can_overlap(torch.device("cuda")) is expected
 
 
 @pytest.mark.gpu

@@ -26,3 +26,4 @@ def test_a_tile_reads_shortly():
     tile = Tile((1, 4, 8), (1, 2, 16), 1, max_registers=128, programs=792)
     assert str(tile) == "1x4x8/1x2x16 w1 s2 r128 n792"
     assert str(Tile((1, 4, 8), (1, 1, 16), 4, 3)) == "1x4x8/1x1x16 w4 s3"
+    assert str(Tile((1, 2, 8), (1, 2, 16), 1, 1, walk=7)) == "1x2x8/1x2x16 w1 s1 walk7"

@@ -62,6 +62,7 @@ ENTRIES = {
         "forward": Tile((1, 4, 8), (1, 2, 16), 1, max_registers=128),
         "whole_group": None,
         "key_gradient": Tile((1, 2, 8), (1, 1, 16), 2, 3, programs=9),
+        "ring_forward": Tile((1, 2, 8), (1, 2, 16), 1, 1, walk=7),
     },
     KEY._replace(capability="8.0", kernel_size=(3,), group=(5,)): {},
 }

@@ -102,6 +102,15 @@ def test_a_plan_covers_the_map_and_the_windows():
     assert plan.programs == 2 * 3 * 7  # for each dilation group
 
 
+def test_a_plan_with_a_walk_keeps_strips_in_a_ring():
+    window = Neighborhood((3, 7), (1, 1), (1, 1), (False, False))
+    plans = (
+        TilePlan(tile, window, (20, 50), of_keys=False)
+        for tile in (WINDOWED.forward, WINDOWED.ring_forward)
+    )
+    assert [plan.in_ring for plan in plans] == [False, True]
+
+
 def test_a_plan_has_positions_for_both_lengths_of_groups():
     # Groups of 5 and 4 tokens on the last axis: 3 and 2 tiles of 2; of 2 on the others.
     window = Neighborhood((1, 2, 3), (1, 1, 1), (1, 1, 2), (False, False, True))
@@ -185,6 +194,19 @@ def test_the_table_stands_above_the_rule(capability, monkeypatch):
     assert choose_tiles(problem, SEVEN) == dataclasses.replace(WINDOWED, **entry)
     assert choose_tiles(problem_of(21), SEVEN) is WINDOWED
     assert choose_tiles(problem_of(20, torch.float32), SEVEN) is LARGE_HEADS
+
+
+@pytest.mark.parametrize("entry", [{}, {"ring_forward": None}], ids=str)
+def test_an_entry_leaves_the_ring_to_the_rule_or_takes_it_out_of_use(
+    entry, capability, monkeypatch
+):
+    capability("9.0")
+    problem = problem_of(20)
+    entry = {"forward": Tile((1, 2, 4), (1, 2, 4), num_warps=2), **entry}
+    monkeypatch.setitem(tile_table.table(), Key.of(problem, SEVEN), entry)
+    chosen = choose_tiles(problem, SEVEN)
+    assert chosen.ring_forward == entry.get("ring_forward", WINDOWED.ring_forward)
+    assert chosen.forward == entry["forward"]
 
 
 def test_a_gpu_that_is_not_in_the_table_is_named_once(capability, caplog):

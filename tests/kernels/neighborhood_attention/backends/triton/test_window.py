@@ -4,11 +4,16 @@ import itertools
 
 import pytest
 import torch
+from oracle import axis_window
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from neighborhood_attention.backends.triton.tiles import tile_axis  # noqa: E402
+from neighborhood_attention.backends import Inputs  # noqa: E402
+from neighborhood_attention.backends.triton.launch import Problem, describe  # noqa: E402
+from neighborhood_attention.backends.triton.ring import takes  # noqa: E402
+from neighborhood_attention.backends.triton.tile import Tile  # noqa: E402
+from neighborhood_attention.backends.triton.tiles import TilePlan, tile_axis  # noqa: E402
 from neighborhood_attention.backends.triton.window import (  # noqa: E402
     additional_scores,
     block_tokens,
@@ -16,11 +21,13 @@ from neighborhood_attention.backends.triton.window import (  # noqa: E402
     locate_tile,
     masked_gradient,
     masked_scores,
+    ring_strip,
     strip_start,
     tile_type,
     token_index,
     token_offsets,
 )
+from neighborhood_attention.geometry import Neighborhood  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
 
@@ -119,6 +126,54 @@ def test_strips_cover_what_a_tile_meets_once(start, end, strip, strips, device):
     assert set(itertools.product(*map(range, start, end))) <= set(blocks)
     axis = next((a for a in range(3) if strips[a] > 1), 2)
     assert max(first[axis] for first in firsts) < end[axis]  # none that meets nothing
+
+
+@triton.jit
+def _ring_strips(
+    found, lengths,
+    KERNEL_SIZE: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+):  # fmt: skip
+    length = tl.load(lengths + tl.program_id(0))
+    tile = tl.arange(0, 64)
+    strip = ring_strip(tile, length, KERNEL_SIZE, TILE, STRIP, STRIPS)
+    tl.store(found + tl.program_id(0) * 64 + tile, strip)
+
+
+def ring_size(length, kernel_size, tile, strip):
+    """Strips of the rows of a map that is as wide as a strip; None if its kernels refuse it."""
+    tile = Tile((1, tile, 16), (1, strip, 16), num_warps=tile, walk=7)
+    window = Neighborhood((kernel_size, 3), (1, 1), (1, 1), (False, False))
+    plan = TilePlan(tile, window, (length, 16), of_keys=False)
+    query = torch.empty(1, length, 16, 1, 16, dtype=torch.bfloat16, device="meta")
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        is_taken = takes(Problem.of(describe(Inputs(query, query, query))), window, plan)
+    return plan.strips[1] if is_taken else None
+
+
+@pytest.mark.parametrize("kernel_size", range(2, 10))
+@pytest.mark.parametrize(("tile", "strip"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
+def test_the_strips_of_a_ring_hold_all_keys_of_each_tile(tile, strip, kernel_size, device):
+    sizes = {n: ring_size(n, kernel_size, tile, strip) for n in range(max(7, kernel_size), 41)}
+    assert sizes[40] is not None
+    for strips in set(sizes.values()) - {None}:
+        lengths = [length for length, size in sizes.items() if size == strips]
+        found = torch.full((len(lengths), 64), -1, dtype=torch.int32, device=device)
+        _ring_strips[(len(lengths),)](
+            found, torch.tensor(lengths, device=device), kernel_size, tile, strip, strips
+        )
+        for length, firsts in zip(lengths, found.tolist(), strict=True):
+            before = None
+            for first_query in range(0, length, tile):
+                members = range(first_query, min(first_query + tile, length))
+                keys = {k for q in members for k, _ in axis_window(q, length, kernel_size, 1, 1, 0)}
+                first = firsts[first_query // tile]
+                start = first * strip - kernel_size // 2
+                assert start <= min(keys), (length, first_query)
+                assert max(keys) < start + strips * strip, (length, first_query)
+                if before is not None:  # the copies of a step suffice
+                    assert 0 <= first - before <= tile // strip, (length, first_query)
+                before = first
 
 
 @triton.jit
