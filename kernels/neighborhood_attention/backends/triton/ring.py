@@ -37,6 +37,8 @@ def takes(problem: Problem, window: Neighborhood, plan: TilePlan) -> bool:
         and not layout["WIDE"]
         and all(stride % ALIGNMENT == 0 for stride in problem.query.strides[:-1])
         and plan.strips == (1, plan.strips[1], 1)
+        # On a map of fewer rows the strips that a tile meets are fewer than those of a ring.
+        and plan.strips[1] * plan.tile.strip[1] >= window.kernel_size[0] + plan.tile.tile[1] - 1
         and _bytes(problem, plan) <= MAX_BYTES
     )
 
