@@ -55,7 +55,8 @@ def kernels(result: Result) -> str:
     caption = (
         f"Microseconds with bias and its gradient ({_source(result)}; bf16, batch "
         f"{first['batch']}, {window} windows, {first['head_dim']} channels a head), and the ratio "
-        "to the time that the memory traffic alone takes:"
+        "to the time that the memory traffic alone takes at the "
+        f"{result['copy_bandwidth_tb_s']:.1f} TB/s of a copy in that run:"
     )
     return f"{caption}\n\n{markdown_table(['map', 'forward', 'backward'], rows)}"
 
@@ -73,7 +74,7 @@ def models(result: Result) -> str:
 # Comment in the README: result file, and the function that renders it.
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo.json", demo),
-    "kernels": ("kernels-h100.json", kernels),
+    "kernels": ("kernels-h200.json", kernels),
     "models": ("models-h100.json", models),
 }
 
