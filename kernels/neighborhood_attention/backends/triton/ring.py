@@ -18,6 +18,7 @@ from neighborhood_attention.geometry import Neighborhood
 HEAD_DIMS = 16, 32, 64, 128
 # Elements or bytes: copies are of 16 bytes, and Triton knows of strides no more than that.
 ALIGNMENT = 16
+MAX_STRIPS = 10  # the registers of a warp hold the scores of no more
 MAX_BYTES = 80 * 1024  # the smallest GPUs have 99 KB for a program, results pass through some
 
 
@@ -37,6 +38,7 @@ def takes(problem: Problem, window: Neighborhood, plan: TilePlan) -> bool:
         and not layout["WIDE"]
         and all(stride % ALIGNMENT == 0 for stride in problem.query.strides[:-1])
         and plan.strips == (1, plan.strips[1], 1)
+        and plan.strips[1] <= MAX_STRIPS
         # On a map of fewer rows the strips that a tile meets are fewer than those of a ring.
         and plan.strips[1] * plan.tile.strip[1] >= window.kernel_size[0] + plan.tile.tile[1] - 1
         and _bytes(problem, plan) <= MAX_BYTES

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -142,4 +142,16 @@ def _parse(record: dict[str, Any]) -> tuple[Key, Entry]:
     whole_group = entry.get("whole_group")
     if whole_group is not None and whole_group.tile != whole_group.strip:
         raise ValueError(f"whole_group {whole_group}: its tile is its strip")
+    ring = entry.get("ring_forward")
+    if ring is not None and not is_ring(ring):
+        raise ValueError(
+            f"ring_forward {ring}: expected a walk, 16 queries a warp, and rows of whole strips"
+        )
     return key, entry
+
+
+def is_ring(tile: Tile) -> bool:
+    """Whether the kernels that keep strips in a ring can be compiled for such tiles."""
+    rows, strip = tile.tile[1], tile.strip[1]
+    queries = prod(tile.tile)
+    return tile.walk is not None and rows % strip == 0 and queries == 16 * tile.num_warps

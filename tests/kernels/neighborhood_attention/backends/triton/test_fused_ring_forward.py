@@ -38,7 +38,7 @@ def use(monkeypatch):
 
     def choose(problem, window):
         columns = ceil(problem.spatial[-1] / window.dilation[-1])
-        by_width = tiles.NARROW if columns <= 16 else tiles.WINDOWED
+        by_width = tiles.NARROW if 8 < columns <= 16 else tiles.WINDOWED
         return replace(by_width, ring_forward=chosen[-1]) if chosen else by_width
 
     def use(tile):

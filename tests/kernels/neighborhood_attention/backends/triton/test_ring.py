@@ -80,7 +80,9 @@ def test_a_plain_problem_is_taken(inputs, window):
         pytest.param(packed((40,)), {}, id="one axis"),
         pytest.param(packed((4, 20, 20)), {"kernel_size": (1, 7, 7)}, id="three axes"),
         pytest.param(packed(), {"kernel_size": (7, 10)}, id="two strips of columns"),
-        pytest.param(packed((120, 20)), {"kernel_size": (101, 7)}, id="a ring beyond the memory"),
+        pytest.param(packed((7, 20)), {"kernel_size": (6, 6)}, id="fewer rows than strips hold"),
+        pytest.param(packed((120, 20)), {"kernel_size": (20, 7)}, id="too many strips"),
+        pytest.param(packed(head_dim=128), {"kernel_size": (9, 9)}, id="too much memory"),
         # Copies of 16 bytes, aligned by strides that Triton knows to be multiples of 16.
         pytest.param(packed(width=33), {}, id="odd strides"),
         pytest.param(packed(width=40), {}, id="strides of multiples of 8"),

@@ -85,6 +85,9 @@ def test_defaults_are_not_written(tmp_path):
     assert record["tiles"] == {"forward": written}
 
 
+RING = {"tile": [1, 2, 8], "strip": [1, 2, 16], "num_warps": 1, "walk": 7}
+
+
 def broken(**changes):
     tile = {"tile": [1, 4, 8], "strip": [1, 2, 16], "num_warps": 1}
     settings = KEY._asdict() | {"tiles": {"forward": tile | changes.pop("forward", {})}}
@@ -110,6 +113,16 @@ def broken(**changes):
             ],
             "its tile is its strip",
             id="whole group",
+        ),
+        *(
+            pytest.param(
+                [broken(tiles={"ring_forward": {**RING, **change}})], "expected a walk", id=name
+            )
+            for name, change in {
+                "no walk": {"walk": None},
+                "warps without queries": {"num_warps": 2},
+                "half a strip": {"strip": [1, 4, 8]},
+            }.items()
         ),
         pytest.param([broken(batch=3)], "entry 0: .*batch", id="field"),
         pytest.param(["forward"], "entry 0", id="no object"),
