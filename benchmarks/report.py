@@ -71,11 +71,19 @@ def models(result: Result) -> str:
     return f"{caption}\n\n{model_report.summary(result)}"
 
 
+def scaling(result: Result) -> str:
+    """Training on several GPUs."""
+    device, date = result["device"], result["date"]
+    caption = f"Training steps on GPUs of one host ({device}, {date}; random images, bf16-mixed):"
+    return f"{caption}\n\n{scaling_report.throughput(result)}"
+
+
 # Comment in the README: result file, and the function that renders it.
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo.json", demo),
     "kernels": ("kernels-h200.json", kernels),
     "models": ("models-h100.json", models),
+    "scaling": ("scaling-h200.json", scaling),
 }
 
 

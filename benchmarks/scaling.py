@@ -138,8 +138,9 @@ def cases(arguments: argparse.Namespace) -> list[Record]:
         ]
     steps = {"global_batch": arguments.global_batch, "steps": arguments.steps, **common}
     if {"loss", "resume"} & set(arguments.parts):  # a resumed run is compared with a whole one
-        ways = [(1, "auto", 1), *((1, "auto", n) for n in several)]
+        ways = [(1, "auto", 1)]
         ways += [(n, strategy, 1) for n in several for strategy in arguments.strategies]
+        ways += [(1, "auto", n) for n in several]
         wanted += [
             {"part": "loss", "gpus": n, "strategy": strategy, "micro_batches": micro}
             | {"precision": precision, **steps}

@@ -10,6 +10,17 @@ def tables(result: Record) -> str:
     """Throughput, and losses compared with those of one GPU; Markdown."""
     versions = result["versions"]
     parts = [f"{result['device']}, torch {versions['torch']}, NCCL {result['nccl']}"]
+    if table := throughput(result):
+        parts.append(table)
+    rows = [_loss_row(result, r) for r in result["results"] if r["case"]["part"] != "throughput"]
+    if rows:
+        head = ["run", "GPUs", "precision", "steps", "last loss", "largest difference"]
+        parts.append(markdown_table(head, rows))
+    return "\n\n".join(parts)
+
+
+def throughput(result: Record) -> str:
+    """Images a second of all ways to train, beside one GPU; Markdown, empty if none is measured."""
     found = speeds(result)
     rows = []
     for (model, strategy), by_gpus in found.items():
@@ -17,13 +28,8 @@ def tables(result: Record) -> str:
         for gpus, speed in sorted(by_gpus.items()):
             cells = [model, strategy if gpus > 1 else "-", gpus, f"{speed:,.0f}"]
             rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
-    if rows:
-        parts.append(markdown_table(["model", "strategy", "GPUs", "images/s", "of one GPU"], rows))
-    rows = [_loss_row(result, r) for r in result["results"] if r["case"]["part"] != "throughput"]
-    if rows:
-        head = ["run", "GPUs", "precision", "steps", "last loss", "largest difference"]
-        parts.append(markdown_table(head, rows))
-    return "\n\n".join(parts)
+    head = ["model", "strategy", "GPUs", "images/s", "of one GPU"]
+    return markdown_table(head, rows) if rows else ""
 
 
 def figures(result: Record) -> dict[str, Figure]:
