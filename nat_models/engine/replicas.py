@@ -71,15 +71,23 @@ class Average:
             self._layouts = layouts
         torch._foreach_copy_(self._parts, list(tensors))
         for buffer in self._buffers.values():
-            if buffer.is_cuda:
+            if distributed.get_backend() == "nccl":
                 distributed.all_reduce(buffer, distributed.ReduceOp.AVG)
-            else:  # gloo knows no mean
+            else:  # others know no mean
                 distributed.all_reduce(buffer)
                 buffer /= distributed.get_world_size()
         return self._parts
 
     def _allot(self, tensors: Sequence[Tensor]) -> None:
-        """Make a buffer for each dtype, and a part of it for each tensor, laid out as that is."""
+        """Make a buffer for each dtype, and a part of it for each tensor, laid out as that is.
+
+        Raises:
+            RuntimeError: The processes have others.
+        """
+        layouts: list[object] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(layouts, [(x.dtype, x.shape, x.stride()) for x in tensors])
+        if any(others != layouts[0] for others in layouts):
+            raise RuntimeError("gradients differ in number, shape or layout between the processes")
         sizes: dict[torch.dtype, int] = {}
         starts = []
         for tensor in tensors:

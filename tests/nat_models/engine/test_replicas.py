@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed
+from torch import distributed, nn
 
 from nat_models.engine.execution import Execution
 from nat_models.engine.replicas import ALIGNMENT, DDP, Average, replays_graphs
@@ -33,25 +34,28 @@ def average_rounds(rank: int, port: int, results) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_an_average_is_that_of_all_processes_in_each_tensors_layout():
+def run_two(work):
+    """What two processes put into a queue, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = get_context("fork")
     results = context.Queue()
-    processes = [
-        context.Process(target=average_rounds, args=(rank, port, results)) for rank in (0, 1)
-    ]
+    processes = [context.Process(target=work, args=(rank, port, results)) for rank in (0, 1)]
     for one in processes:
         one.start()
     both = dict(results.get(timeout=60) for _ in processes)
     for one in processes:
         one.join(timeout=10)
+    return both
+
+
+@pytest.mark.slow
+def test_an_average_is_that_of_all_processes_in_each_tensors_layout():
+    both = run_two(average_rounds)
     assert both[0] == both[1]
-    for size, (keeps_layout, starts, images, expanded, half) in zip(
-        (3, 3, 5), both[0], strict=True
-    ):
+    for size, found in zip((3, 3, 5), both[0], strict=True):
+        keeps_layout, starts, images, expanded, half = found
         expected = torch.full((2, 3, size, size), 2.0)
         expected[0, 0, 0, 0] = 5.0
         assert keeps_layout
@@ -59,6 +63,60 @@ def test_an_average_is_that_of_all_processes_in_each_tensors_layout():
         assert images == expected.tolist()
         assert expanded == [2.0] * 7
         assert half == [1.5] * size
+
+
+def average_others(rank: int, port: int, results) -> None:
+    """One of two processes, which have gradients of different parameters."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        Average()([torch.ones(2 + rank), torch.ones(3 - rank)])
+        results.put((rank, None))
+    except RuntimeError as error:
+        results.put((rank, str(error)))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_gradients_of_different_parameters_are_not_averaged():
+    assert all("differ in number, shape" in message for message in run_two(average_others).values())
+
+
+class Normalized(LightningModule):
+    """A model with running statistics and a parameter that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
+        self.frozen = nn.Parameter(torch.rand(3), requires_grad=False)
+        self.execution = Execution(mode="reduce-overhead")
+
+
+def train_steps(rank: int, port: int, results) -> None:
+    """One of two processes, which begin with other weights and see other images."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    module = Normalized().to(memory_format=torch.channels_last)
+    strategy = DDP(parallel_devices=[torch.device("cpu")] * 2)
+    strategy._lightning_module = strategy.model = module
+    strategy.configure_ddp()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = module.model(torch.randn(4, 3, 8, 8)).square().mean()
+        loss.backward()
+        strategy.post_backward(loss)
+        optimizer.step()
+    results.put((rank, {name: x.tolist() for name, x in module.state_dict().items()}))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_that_begin_apart_stay_together_with_their_statistics():
+    both = run_two(train_steps)
+    assert both[0] == both[1]
+    assert both[0]["model.1.running_mean"] != [0.0] * 8
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton.bias_table import BiasTable
-from neighborhood_attention.backends.triton.fused_ring_forward import ring_forward
+from neighborhood_attention.backends.triton.fused_ring_forward import is_worth_it, ring_forward
 from neighborhood_attention.backends.triton.fused_whole_group_forward import whole_group_forward
 from neighborhood_attention.backends.triton.launch import (
     CACHED_PROBLEMS,
@@ -111,7 +111,8 @@ def _prepare(
 
     tile, plan = tiles.forward, plan_of(tiles.forward)
     ring = tiles.ring_forward and plan_of(tiles.ring_forward)
-    if ring and is_aligned and takes_ring(problem, window, ring):
+    is_taken = ring and is_aligned and takes_ring(problem, window, ring)
+    if ring and is_taken and is_worth_it(problem, ring):
         tile, plan = ring.tile, ring
     table = BiasTable(problem, window, plan)
     settings = {

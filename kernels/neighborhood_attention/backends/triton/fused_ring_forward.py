@@ -46,24 +46,33 @@ from neighborhood_attention.backends.triton.window import (
 )
 
 
+def is_worth_it(problem: Problem, plan: TilePlan) -> bool:
+    """Whether there is work for programs that walk; else the plain forward is left to do it."""
+    return _tiles_of_a_program(problem, plan) >= min(2, plan.tile.walk or 0)
+
+
 def ring_forward(problem: Problem, plan: TilePlan, settings: dict[str, Any]) -> Launch:
     """Its tensors are query, key, value, table, output and lse."""
     batch, heads = problem.query.shape[0], problem.query.shape[-2]
     _, rows, columns = plan.axes
-    tiles = batch * plan.groups * columns.tiles * heads * rows.tiles
     assert plan.tile.walk is not None
-    walk = max(1, min(plan.tile.walk, tiles // plan.tile.programs))
+    walk = min(plan.tile.walk, _tiles_of_a_program(problem, plan))
     parts = ceil(rows.tiles / walk)
     programs = batch * plan.groups * parts * columns.tiles * heads
     overlaps = can_overlap(problem.device)
     arguments = {
-        **settings, **plan_arguments(plan), "walk": walk, "parts": parts, "OVERLAPS": overlaps,
+        **settings, **plan_arguments(plan), "OVERLAPS": overlaps,
+        "walk": ceil(rows.tiles / parts), "parts": parts,
     }  # fmt: skip
     options = plan.tile.options | {"launch_pdl": overlaps}
     return Launch(_ring_forward_kernel, programs, arguments, **options)
 
 
-@gluon.jit
+def _tiles_of_a_program(problem: Problem, plan: TilePlan) -> int:
+    return problem.query.shape[0] * plan.programs * problem.query.shape[-2] // plan.tile.programs
+
+
+@gluon.jit(do_not_specialize=["walk", "parts"])
 def _ring_forward_kernel(
     query, key, value, table, output, lse,
     query_strides, table_stride, size, heads, heads_per_key, scale, front, back, walk, parts,
@@ -158,6 +167,7 @@ def _ring_forward_kernel(
                     keys, key, strip + i + RING, row, offsets, length[1], group[1],
                     query_strides[2], KERNEL_SIZE[1], DILATION[1], STRIP[1], RING,
                 )  # fmt: skip
+        # Behind the last tile too: without a condition it takes fewer registers.
         copy_tile(
             queries, query, tile + 1, column, length, group, query_strides, rows, DILATION, TILE
         )

@@ -142,16 +142,21 @@ def _parse(record: dict[str, Any]) -> tuple[Key, Entry]:
     whole_group = entry.get("whole_group")
     if whole_group is not None and whole_group.tile != whole_group.strip:
         raise ValueError(f"whole_group {whole_group}: its tile is its strip")
-    ring = entry.get("ring_forward")
-    if ring is not None and not is_ring(ring):
-        raise ValueError(
-            f"ring_forward {ring}: expected a walk, 16 queries a warp, and rows of whole strips"
-        )
+    for name, tile in entry.items():
+        if tile is None or (tile.walk is None and name != "ring_forward"):
+            continue
+        if name != "ring_forward" or not is_ring(tile):
+            raise ValueError(
+                f"{name} {tile}: expected a walk for ring_forward alone, of flat tiles of 16 "
+                "queries a warp, as long as some strips of 16 keys or more"
+            )
     return key, entry
 
 
 def is_ring(tile: Tile) -> bool:
-    """Whether the kernels that keep strips in a ring can be compiled for such tiles."""
-    rows, strip = tile.tile[1], tile.strip[1]
-    queries = prod(tile.tile)
-    return tile.walk is not None and rows % strip == 0 and queries == 16 * tile.num_warps
+    """Whether the kernels that keep strips in a ring take such tiles."""
+    queries, keys = prod(tile.tile), prod(tile.strip)
+    is_flat = tile.tile[0] == tile.strip[0] == 1
+    fills_warps = queries == 16 * tile.num_warps and keys >= 16
+    walks = tile.walk is not None and tile.walk >= 1 and tile.programs >= 1
+    return is_flat and fills_warps and walks and tile.tile[1] % tile.strip[1] == 0

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("neighborhood_attention")
 
-# The fastest of those measured on an H100 with head dimension 32 and 16 bits: benchmarks/NOTES.md.
+# The fastest of those measured on an H100 (the rings: an H200) with head dimension 32 and 16 bits:
+# see benchmarks/NOTES.md.
 # Small tiles with few warps waste few scores.
 WINDOWED = Tiles(
     forward=Tile((1, 4, 8), (1, 2, 16), num_warps=1, max_registers=128),

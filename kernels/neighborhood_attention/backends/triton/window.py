@@ -197,10 +197,11 @@ def ring_strip(
     """On one axis, the first of the strips that hold a tile's keys, where tiles share strips.
 
     A tile is as long as some strips. The first strip starts KERNEL_SIZE // 2 before the axis: then
-    the keys of a tile that lies far from the borders start with a strip, and fill STRIPS of them.
+    the keys of a tile that lies far from the borders start with a strip, and lie in STRIPS of them.
     """
     low = KERNEL_SIZE // 2 // STRIP
     high = (length - 1 + KERNEL_SIZE // 2) // STRIP - (STRIPS - 1)
+    high = tl.maximum(high, 0)  # a short dilation group may have less than one tile
     return tl.minimum(tl.maximum(tile * (TILE // STRIP), low), high)
 
 

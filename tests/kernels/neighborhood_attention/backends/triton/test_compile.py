@@ -39,7 +39,9 @@ def specialised(kernel, args, kwargs):
     options = {name: values.pop(name) for name in OPTIONS if name in values}
     signature, constants, attributes = {}, {}, {}
 
-    def specialise(value, path):
+    def specialise(value, path, is_free=True):
+        if not is_free:
+            return "i32"
         if value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
@@ -56,7 +58,8 @@ def specialised(kernel, args, kwargs):
         if parameter.is_constexpr:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
-            signature[parameter.name] = specialise(value, (i,))
+            is_free = not parameter.do_not_specialize
+            signature[parameter.name] = specialise(value, (i,), is_free)
     assert not values, f"unknown arguments {sorted(values)}"
     return signature, constants, attributes, options
 
@@ -162,8 +165,8 @@ def test_the_kernel_with_a_ring_compiles_for_hopper(
         monkeypatch.setattr(module, "can_overlap", lambda device: True)
     fused_forward._prepare.cache_clear()
     window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
-    qkv = torch.ones(2, *spatial, 3, 4, head_dim, dtype=dtype)
-    rpb = torch.ones(4, *window.bias_shape)
+    qkv = torch.empty(128, *spatial, 3, 4, head_dim, dtype=dtype, device="meta")
+    rpb = torch.empty(4, *window.bias_shape, device="meta")
     fused_forward.forward_packed(qkv, rpb, window, 0.5)
     fused_forward._prepare.cache_clear()
     assert [kernel.__name__ for kernel, *_ in launches] == ["_build_kernel", "_ring_forward_kernel"]
@@ -192,6 +195,23 @@ def test_a_hundred_sizes_share_a_few_compilations(launches):
     assert len(compiled) >= 3
     assert all(len(found) <= 16 for found in compiled.values())
     assert len(tables) <= 3 * 16
+
+
+def test_a_hundred_sizes_in_several_batches_share_a_few_forwards(launches):
+    window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
+    sizes = random.Random(0)
+    for _ in range(100):
+        batch, height, width = (
+            sizes.choice((1, 8, 128)),
+            sizes.randint(8, 120),
+            sizes.randint(8, 120),
+        )
+        qkv = torch.empty(batch, height, width, 3, 2, 32, dtype=bf16, device="meta")
+        fused_forward.forward_packed(qkv, None, window, 0.5)
+    compiled = {}
+    for kernel, args, kwargs in launches:
+        compiled.setdefault(kernel.__name__, set()).add(repr(specialised(kernel, args, kwargs)))
+    assert len(compiled["_ring_forward_kernel"]) <= 6
 
 
 @pytest.mark.slow

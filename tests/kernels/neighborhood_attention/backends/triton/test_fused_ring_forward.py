@@ -33,13 +33,17 @@ DTYPES = pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
 
 @pytest.fixture(autouse=True)
 def use(monkeypatch):
-    """use(tile): of the ring from now on; else one of the rule's, whatever the map and the head."""
+    """use(tile): of the ring from now on; else one of the rule's, whatever the map and the head.
+
+    Programs walk as far as the tile says, however few they are.
+    """
     chosen = []
 
     def choose(problem, window):
         columns = ceil(problem.spatial[-1] / window.dilation[-1])
         by_width = tiles.NARROW if 8 < columns <= 16 else tiles.WINDOWED
-        return replace(by_width, ring_forward=chosen[-1]) if chosen else by_width
+        ring = chosen[-1] if chosen else by_width.ring_forward
+        return replace(by_width, ring_forward=replace(ring, programs=1))
 
     def use(tile):
         chosen.append(tile)
@@ -157,12 +161,23 @@ def test_agrees_with_the_definition_in_all_tiles(walk, tile, strip, warps, use, 
 
 @pytest.mark.parametrize("rows", [6, 7])
 def test_few_rows_agree_with_the_definition(rows, launched):
-    # All windows of 6 rows start in the first two of them: by any kernel.
+    # All windows of 6 rows start in the first two of them: a ring's strips do not hold them.
     case = Case((rows, 20), (6, 6), head_dim=32)
     tensors = random_tensors(case.packed_shapes(), bf16, "cuda")
     results = na2d_qkvpacked(**tensors, **case.settings, return_lse=True, backend="fused")
     check(results, case, tensors, bf16)
-    assert {"_ring_forward_kernel", "_forward_kernel"} & {*launched}
+    assert "_forward_kernel" in launched
+    assert "_ring_forward_kernel" not in launched
+
+
+def test_few_tiles_are_left_to_the_plain_kernel(launched, monkeypatch):
+    monkeypatch.setattr(fused_forward, "choose_tiles", tiles.choose_tiles)
+    for batch, kernel in ((1, "_forward_kernel"), (40, "_ring_forward_kernel")):
+        launched.clear()
+        case = Case((28, 28), (7, 7), head_dim=32, batch=batch)
+        tensors = random_tensors(case.packed_shapes(), bf16, "cuda")
+        na2d_qkvpacked(**tensors, **case.settings, backend="fused")
+        assert kernel in launched
 
 
 @DTYPES

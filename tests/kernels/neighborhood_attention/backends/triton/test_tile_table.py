@@ -122,8 +122,13 @@ def broken(**changes):
                 "no walk": {"walk": None},
                 "warps without queries": {"num_warps": 2},
                 "half a strip": {"strip": [1, 4, 8]},
+                "few keys": {"strip": [1, 1, 8]},
+                "deep": {"tile": [2, 1, 8]},
+                "nothing to walk": {"walk": 0},
+                "no programs": {"programs": 0},
             }.items()
         ),
+        pytest.param([broken(forward={"walk": 7})], "forward .* expected a walk", id="walk"),
         pytest.param([broken(batch=3)], "entry 0: .*batch", id="field"),
         pytest.param(["forward"], "entry 0", id="no object"),
     ],

@@ -155,7 +155,7 @@ def ring_size(length, kernel_size, tile, strip):
 @pytest.mark.parametrize(("tile", "strip"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
 def test_the_strips_of_a_ring_hold_all_keys_of_each_tile(tile, strip, kernel_size, device):
     sizes = {n: ring_size(n, kernel_size, tile, strip) for n in range(max(7, kernel_size), 41)}
-    assert sizes[40] is not None
+    assert (sizes[40] is None) == (kernel_size + tile - 1 > 10 * strip)
     for strips in set(sizes.values()) - {None}:
         lengths = [length for length, size in sizes.items() if size == strips]
         found = torch.full((len(lengths), 64), -1, dtype=torch.int32, device=device)
@@ -174,6 +174,14 @@ def test_the_strips_of_a_ring_hold_all_keys_of_each_tile(tile, strip, kernel_siz
                 if before is not None:  # the copies of a step suffice
                     assert 0 <= first - before <= tile // strip, (length, first_query)
                 before = first
+
+
+def test_no_strip_of_a_ring_lies_before_the_first_place(device):
+    # Of windows of one row, in a dilation group that is one row shorter than others.
+    for length, tile, strip, strips in ((1, 2, 1, 2), (2, 4, 2, 2), (3, 4, 1, 4)):
+        found = torch.full((1, 64), -1, dtype=torch.int32, device=device)
+        _ring_strips[(1,)](found, torch.tensor([length], device=device), 1, tile, strip, strips)
+        assert found[0, 0] == 0
 
 
 @triton.jit
