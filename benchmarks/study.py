@@ -15,6 +15,7 @@ A study is a module, whose docstring ends with the method, with
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -79,10 +80,12 @@ def run(study: ModuleType, arguments: argparse.Namespace, deadline: Deadline) ->
             if compiled is None or deadline.left < study.MARGIN:
                 print(f"time is over, {len(work) - number} measurements left: run this again")
                 break
+            begin = time.monotonic()
             try:
                 results.add(item.record | study.measure(item, results, compiled))
             except RuntimeError as error:  # the next run shall not meet it again
                 results.add(item.record | {"failures": {"GPU": str(error)[:200]}})
                 raise
-            print(study.line(results.find(item.record)), flush=True)
+            seconds = time.monotonic() - begin
+            print(f"{study.line(results.find(item.record))} | in {seconds:.1f} s", flush=True)
     return results
