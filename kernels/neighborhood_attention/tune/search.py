@@ -32,6 +32,8 @@ class Route(NamedTuple):
 def find_routes(work: Work, problem: Problem, present: Tiles, multiprocessors: int) -> list[Route]:
     """From the present tiles, and for the best way that can run, where it is another.
 
+    Of a forward for all ways that can run: with few candidates each, they are close to each other.
+
     Args:
         work: What to tune.
         problem: That of its shape.
@@ -50,15 +52,19 @@ def find_routes(work: Work, problem: Problem, present: Tiles, multiprocessors: i
 
     present_way = next(way for way in work.ways if runs(way[0]))
     best_way = next(way for way in work.ways if options[way[0]])
+    ways = [present_way, best_way]
+    if work.name == "forward":
+        ways += [way for way in work.ways if options[way[0]]]
     routes = []
-    for way in dict.fromkeys((present_way, best_way)):
+    for way in dict.fromkeys(ways):
         first = way[0]
         unused: dict[str, Any] = {kernel: None for kernel in OPTIONAL if kernel != first}
         start = replace(present, **unused)
         if way != present_way:
             if first not in work.kernels:
                 continue
-            start = replace(start, **{first: options[first][0]})
+            if not runs(first):
+                start = replace(start, **{first: options[first][0]})
         chosen = {kernel: options[kernel] for kernel in way if kernel in work.kernels}
         routes.append(Route(start, chosen))
     return routes

@@ -72,10 +72,12 @@ def test_the_faster_route_wins_and_failures_lose():
     assert best == 7
 
 
-def test_the_forward_in_a_ring_is_tuned_alone_where_it_is_in_use():
-    (route,) = routes_of(56, FORWARD_KERNELS)
-    assert list(route.options) == ["ring_forward"]
-    assert route.start.ring_forward == WINDOWED.ring_forward
+def test_the_plain_forward_is_tuned_beside_the_one_in_a_ring():
+    ring, plain = routes_of(56, FORWARD_KERNELS)
+    assert list(ring.options) == ["ring_forward"]
+    assert ring.start.ring_forward == WINDOWED.ring_forward
+    assert list(plain.options) == ["forward"]
+    assert (plain.start.forward, plain.start.ring_forward) == (WINDOWED.forward, None)
 
 
 def test_the_forward_in_a_ring_is_tuned_beside_the_one_in_use():
