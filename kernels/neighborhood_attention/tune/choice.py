@@ -85,11 +85,19 @@ class Chooser:
         self._records.choices.append(self._work.record | kernels | records | times)
         return new
 
-    def entry(self, tiles: Tiles, by_rule: Tiles) -> Entry:
-        """What a table needs to say of these tiles: those in use, and which better way is not."""
-        unused = [way[0] for way in self._work.ways if getattr(tiles, way[0]) is None]
+    def entry(self, tiles: Tiles, by_rule: Tiles, routes: Sequence[Route]) -> Entry:
+        """What a table needs to say of these tiles: those in use, and which better way is not.
+
+        A way that none of the routes began with cannot run here; others of the key may run it.
+        """
+        lost = [
+            way[0]
+            for way in self._work.ways
+            if getattr(tiles, way[0]) is None
+            and any(getattr(route.start, way[0]) is not None for route in routes)
+        ]
         return {name: getattr(tiles, name) for name in self._in_use(tiles)} | {
-            name: None for name in unused if getattr(by_rule, name) is not None
+            name: None for name in lost if getattr(by_rule, name) is not None
         }
 
     def _in_use(self, tiles: Tiles) -> tuple[str, ...]:

@@ -199,7 +199,7 @@ def choose(
         table.pop(bench.key, None)  # what was tried last
         table.update({} if before is None else {bench.key: before})
         raise
-    entry = chooser.entry(tiles, tiles_by_rule(bench.problem, bench.window))
+    entry = chooser.entry(tiles, tiles_by_rule(bench.problem, bench.window), routes)
     table[bench.key] = {**(before or {}), **entry}
     torch.cuda.empty_cache()
 

@@ -132,16 +132,24 @@ def test_what_the_compiler_raised_is_a_failure(records):
 def test_an_entry_holds_the_kernels_in_use_and_what_differs_from_the_rule():
     chooser = Chooser(BACKWARD, Bench({}), None, None, None)
     summed, key, query = WINDOWED.query_bias_gradient, WINDOWED.key_gradient, tile(2)
-    assert chooser.entry(WINDOWED, WINDOWED) == {"query_bias_gradient": summed, "key_gradient": key}
+    both = {"query_bias_gradient": summed, "key_gradient": key}
+    assert chooser.entry(WINDOWED, WINDOWED, [Route(WINDOWED, {})]) == both
     separate = replace(WINDOWED, query_bias_gradient=None, query_gradient=query)
-    assert chooser.entry(separate, WINDOWED) == {
+    assert chooser.entry(separate, WINDOWED, [Route(WINDOWED, {}), Route(separate, {})]) == {
         "query_gradient": query, "key_gradient": key, "query_bias_gradient": None,
         "bias_gradient": WINDOWED.bias_gradient,
     }  # fmt: skip
     forward = Chooser(WORK, Bench({}), None, None, None)
-    assert forward.entry(PLAIN, PLAIN) == {"forward": WINDOWED.forward}
-    assert forward.entry(PLAIN, WINDOWED) == {"forward": WINDOWED.forward, "ring_forward": None}
-    assert forward.entry(WINDOWED, WINDOWED) == {"ring_forward": WINDOWED.ring_forward}
+    ring, plain = Route(WINDOWED, {}), Route(PLAIN, {})
+    assert forward.entry(PLAIN, PLAIN, [plain]) == {"forward": WINDOWED.forward}
+    lost = {"forward": WINDOWED.forward, "ring_forward": None}
+    assert forward.entry(PLAIN, WINDOWED, [ring, plain]) == lost
+    assert forward.entry(WINDOWED, WINDOWED, [ring]) == {"ring_forward": WINDOWED.ring_forward}
+
+
+def test_a_way_that_cannot_run_is_not_taken_from_other_problems_of_the_key():
+    forward = Chooser(WORK, Bench({}), None, None, None)
+    assert forward.entry(PLAIN, WINDOWED, [Route(PLAIN, {})]) == {"forward": WINDOWED.forward}
 
 
 def test_a_choice_is_known_by_pass_and_kernels():
