@@ -54,7 +54,7 @@ def figures(result: Record) -> dict[str, Figure]:
     ticks = sorted({gpus for shares in curves.values() for gpus in shares})
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     return {"efficiency": figure}
 
 
