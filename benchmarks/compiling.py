@@ -22,7 +22,7 @@ from problem import Problem, random_tensors, use_precision
 
 from neighborhood_attention.backends import Inputs, load
 from neighborhood_attention.geometry import Neighborhood
-from neighborhood_attention.tune.ahead import Ahead
+from neighborhood_attention.tune.ahead import Ahead, compile_only
 from neighborhood_attention.tune.records import Deadline
 
 # Of peers with more elements, one is run at a time.
@@ -71,45 +71,28 @@ def compile_operator(work: OperatorPass) -> list[Kernel]:
         return Inputs(*qkv.unbind(-3), rpb)
 
     backend = load(work.backend)
-    with compile_only() as kernels:
+    with compile_only() as compiled, as_on_the_gpu():
         if work.backward:
             output = torch.empty(*rows, problem.head_dim, dtype=dtype)
             lse = torch.empty(rows)
             backend.backward(output, None, inputs(), output, lse, window, scale, inputs())
         else:
             backend.forward(inputs(), window, scale)
-    return kernels
+    return [_described(kernel) for kernel in compiled]
 
 
 @contextmanager
-def compile_only() -> Iterator[list[Kernel]]:
-    """Triton compiles, but launches nothing; tensors may be on the CPU."""
-    import triton
-
-    from neighborhood_attention.backends.triton import tile_table
-
-    run, capability = triton.JITFunction.run, torch.cuda.get_device_capability
+def as_on_the_gpu() -> Iterator[None]:
+    """Questions about the device of tensors on the CPU are answered for the GPU."""
+    capability = torch.cuda.get_device_capability
     properties = torch.cuda.get_device_properties
-    tile_capability = tile_table.capability
-    kernels: list[Kernel] = []
-
-    def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-        kernels.append(_described(compiled))
-
-    # Questions about the tensors' device are answered for the GPU.
-    triton.JITFunction.run = only_compile
     torch.cuda.get_device_capability = lambda _=None: capability(0)
     torch.cuda.get_device_properties = lambda _=None: properties(0)
-    if torch.cuda.is_available():
-        tile_table.capability = lambda _: tile_capability(torch.device("cuda", 0))
     try:
-        yield kernels
+        yield
     finally:
-        triton.JITFunction.run = run
         torch.cuda.get_device_capability = capability
         torch.cuda.get_device_properties = properties
-        tile_table.capability = tile_capability
 
 
 def _described(compiled: Any) -> Kernel:

@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 
 from nat_models.engine.execution import GRAPHS
 
+Layout = tuple[torch.dtype, torch.Size, tuple[int, ...]]  # with the strides
 ALIGNMENT = 4  # elements: parts of a buffer begin at 16 bytes or more, for vector loads
 
 
@@ -58,7 +59,7 @@ class Average:
     """The mean of tensors over all processes, by one reduction a dtype."""
 
     def __init__(self) -> None:
-        self._layouts: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]] = []
+        self._layouts: list[Layout] = []
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._parts: list[Tensor] = []
 
@@ -67,7 +68,7 @@ class Average:
         """Their means, which the next call overwrites if it gets tensors of the same layouts."""
         layouts = [(x.dtype, x.shape, x.stride()) for x in tensors]
         if layouts != self._layouts:
-            self._allot(tensors)
+            self._allot(tensors, layouts)
             self._layouts = layouts
         torch._foreach_copy_(self._parts, list(tensors))
         for buffer in self._buffers.values():
@@ -78,15 +79,15 @@ class Average:
                 buffer /= distributed.get_world_size()
         return self._parts
 
-    def _allot(self, tensors: Sequence[Tensor]) -> None:
+    def _allot(self, tensors: Sequence[Tensor], layouts: list[Layout]) -> None:
         """Make a buffer for each dtype, and a part of it for each tensor, laid out as that is.
 
         Raises:
             RuntimeError: The processes have others.
         """
-        layouts: list[object] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(layouts, [(x.dtype, x.shape, x.stride()) for x in tensors])
-        if any(others != layouts[0] for others in layouts):
+        of_all: list[object] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(of_all, layouts)
+        if any(others != layouts for others in of_all):
             raise RuntimeError("gradients differ in number, shape or layout between the processes")
         sizes: dict[torch.dtype, int] = {}
         starts = []

@@ -6,10 +6,11 @@ launched: the GPU is left alone meanwhile.
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,22 +39,34 @@ class Part:
         Raises:
             RuntimeError: Whatever the compiler raised, as another process can take it.
         """
-        run, capability = triton.JITFunction.run, tile_table.capability
-        of_gpu = capability(torch.device("cuda")) if torch.cuda.is_available() else None
-
-        def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            run(kernel, *args, grid=grid, warmup=True, **options)
-
-        triton.JITFunction.run = only_compile
-        tile_table.capability = cache(lambda _: of_gpu)  # the tensors are on the CPU
         try:
-            compiled = Pass(self.work, "cpu")
-            compiled.use(self.tiles)
-            compiled.run()
+            with compile_only():
+                compiled = Pass(self.work, "cpu")
+                compiled.use(self.tiles)
+                compiled.run()
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
-        finally:
-            triton.JITFunction.run, tile_table.capability = run, capability
+
+
+@contextmanager
+def compile_only() -> Iterator[list[Any]]:
+    """Triton compiles, and launches nothing; what it compiled is in the list.
+
+    Tensors may be on the CPU: the tiles, and whether kernels overlap, are those of the GPU.
+    """
+    run, capability = triton.JITFunction.run, tile_table.capability
+    of_gpu = capability(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    compiled: list[Any] = []
+
+    def only_compile(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **options))
+
+    triton.JITFunction.run = only_compile
+    tile_table.capability = cache(lambda _: of_gpu)
+    try:
+        yield compiled
+    finally:
+        triton.JITFunction.run, tile_table.capability = run, capability
 
 
 class Ahead:

@@ -11,10 +11,9 @@ A time is that of a whole pass with its bias, a CUDA graph replayed with a cold 
 in microseconds. It counts only after the results of the first and the last image agreed with fp64.
 Both forwards are tuned, ring_forward and forward. Where one kernel can take the place of others in
 a backward, the best that can run is tuned, and those in use where they are others; the rest keep
-their tiles. A
-kernel's tiles are chosen after those before it; the old tiles stay unless the new ones gain more
-than 2 % and more than the times spread, measured once more, side by side. A pass whose tiles all
-fail is named at the end.
+their tiles. A kernel's tiles are chosen after those before it; the old tiles stay unless the new
+ones gain more than 2 % and more than the times spread, measured once more, side by side. A pass
+whose tiles all fail is named at the end.
 """
 
 import argparse

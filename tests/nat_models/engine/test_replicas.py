@@ -14,10 +14,8 @@ from nat_models.engine.replicas import ALIGNMENT, DDP, Average, replays_graphs
 from nat_models.engine.setup import make_trainer
 
 
-def average_rounds(rank: int, port: int, results) -> None:
+def average_rounds(rank: int):
     """One of two processes: three averages, the last of other shapes."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
     average = Average()
     found = []
     for size in (3, 3, 5):
@@ -30,18 +28,27 @@ def average_rounds(rank: int, port: int, results) -> None:
         means = average([images, expanded, half])
         starts = [x.storage_offset() % ALIGNMENT for x in means]
         found.append([means[0].stride() == images.stride(), starts, *(x.tolist() for x in means)])
-    results.put((rank, found))
+    return found
+
+
+def process(work, rank, port, results):
+    """One of two."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    results.put((rank, work(rank)))
     distributed.destroy_process_group()
 
 
 def run_two(work):
-    """What two processes put into a queue, by rank."""
+    """What two processes return, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=work, args=(rank, port, results)) for rank in (0, 1)]
+    processes = [
+        context.Process(target=process, args=(work, rank, port, results)) for rank in (0, 1)
+    ]
     for one in processes:
         one.start()
     both = dict(results.get(timeout=60) for _ in processes)
@@ -65,16 +72,12 @@ def test_an_average_is_that_of_all_processes_in_each_tensors_layout():
         assert half == [1.5] * size
 
 
-def average_others(rank: int, port: int, results) -> None:
+def average_others(rank: int):
     """One of two processes, which have gradients of different parameters."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
     try:
         Average()([torch.ones(2 + rank), torch.ones(3 - rank)])
-        results.put((rank, None))
     except RuntimeError as error:
-        results.put((rank, str(error)))
-    distributed.destroy_process_group()
+        return str(error)
 
 
 @pytest.mark.slow
@@ -92,10 +95,8 @@ class Normalized(LightningModule):
         self.execution = Execution(mode="reduce-overhead")
 
 
-def train_steps(rank: int, port: int, results) -> None:
+def train_steps(rank: int):
     """One of two processes, which begin with other weights and see other images."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(rank)
     module = Normalized().to(memory_format=torch.channels_last)
     strategy = DDP(parallel_devices=[torch.device("cpu")] * 2)
@@ -108,8 +109,7 @@ def train_steps(rank: int, port: int, results) -> None:
         loss.backward()
         strategy.post_backward(loss)
         optimizer.step()
-    results.put((rank, {name: x.tolist() for name, x in module.state_dict().items()}))
-    distributed.destroy_process_group()
+    return {name: x.tolist() for name, x in module.state_dict().items()}
 
 
 @pytest.mark.slow

@@ -36,7 +36,6 @@ from neighborhood_attention.backends.triton.launch import (
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.ring import ALIGNMENT
 from neighborhood_attention.backends.triton.ring import takes as takes_ring
-from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import TilePlan, choose_tiles, plan_tiles
 from neighborhood_attention.backends.triton.window import (
     add_strip,
@@ -103,17 +102,7 @@ def _prepare(
     description: tuple[Any, ...], window: Neighborhood, scale: float, is_aligned: bool
 ) -> tuple[BiasTable, Launch, bool]:
     problem = Problem.of(description)
-    batch, *spatial, heads, _ = problem.query.shape
-    tiles = choose_tiles(problem, window)
-
-    def plan_of(tile: Tile) -> TilePlan:
-        return plan_tiles(tile, window, tuple(spatial), of_keys=False)
-
-    tile, plan = tiles.forward, plan_of(tiles.forward)
-    ring = tiles.ring_forward and plan_of(tiles.ring_forward)
-    is_taken = ring and is_aligned and takes_ring(problem, window, ring)
-    if ring and is_taken and is_worth_it(problem, ring):
-        tile, plan = ring.tile, ring
+    plan = _choose_plan(problem, window, is_aligned)
     table = BiasTable(problem, window, plan)
     settings = {
         "table_stride": table.head_stride, **scale_arguments(scale),
@@ -122,12 +111,22 @@ def _prepare(
     }  # fmt: skip
     if plan.in_ring:
         return table, ring_forward(problem, plan, settings), False
-    is_whole_group = plan.holds_groups and tile.tile == tile.strip
+    is_whole_group = plan.holds_groups and plan.tile.tile == plan.tile.strip
     if is_whole_group and problem.additional_keys is None:
         return table, whole_group_forward(problem, plan, settings), False
-    programs = batch * plan.programs * heads
+    programs = problem.query.shape[0] * plan.programs * problem.query.shape[-2]
     settings |= plan_arguments(plan)
-    return table, Launch(_forward_kernel, programs, settings, **tile.options), True
+    return table, Launch(_forward_kernel, programs, settings, **plan.tile.options), True
+
+
+def _choose_plan(problem: Problem, window: Neighborhood, is_aligned: bool) -> TilePlan:
+    """With the keys in a ring, if that can and should be."""
+    tiles, spatial = choose_tiles(problem, window), tuple(problem.spatial)
+    if tiles.ring_forward is not None and is_aligned:
+        plan = plan_tiles(tiles.ring_forward, window, spatial, of_keys=False)
+        if takes_ring(problem, window, plan) and is_worth_it(problem, plan):
+            return plan
+    return plan_tiles(tiles.forward, window, spatial, of_keys=False)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from neighborhood_attention.backends.triton.launch import (
     plan_arguments,
 )
 from neighborhood_attention.backends.triton.ring import (
-    copy_strip,
+    copy_strips,
     copy_tile,
     load_bias,
     product_layout,
@@ -119,29 +119,22 @@ def _ring_forward_kernel(
     lse += first_token
     table += head * table_stride
 
-    # Of a strip's tokens: the row in it, and the offset along the other axes.
     place = gl.arange(0, KEYS, layout=gl.SliceLayout(1, rows))
-    row = place // STRIP[2]
     key_column = gl.minimum(start + place % STRIP[2], gl.maximum(end, 1) - 1)
     offsets = (key_column * DILATION[2] + group[2]) * query_strides[3]
     offsets = offsets[:, None] + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, rows))[None, :]
+    tokens = (place // STRIP[2], offsets, length[1], group[1], query_strides[2])
     queries = gl.allocate_shared_memory(dtype, [QUERIES, HEAD_DIM], shared)
     keys = gl.allocate_shared_memory(dtype, [RING, KEYS, HEAD_DIM], shared)
     values = gl.allocate_shared_memory(dtype, [RING, KEYS, HEAD_DIM], shared)
 
     copy_tile(queries, query, first, column, length, group, query_strides, rows, DILATION, TILE)
     strip = ring_strip(first, length[1], KERNEL_SIZE[1], TILE[1], STRIP[1], RING)
-    for i in gl.static_range(RING):
-        copy_strip(
-            keys, key, strip + i, row, offsets, length[1], group[1], query_strides[2],
-            KERNEL_SIZE[1], DILATION[1], STRIP[1], RING,
-        )  # fmt: skip
+    copy_strips(keys, key, strip, None, tokens, KERNEL_SIZE[1], DILATION[1], STRIP[1], RING, RING)
     ampere.async_copy.commit_group()
-    for i in gl.static_range(RING):
-        copy_strip(
-            values, value, strip + i, row, offsets, length[1], group[1], query_strides[2],
-            KERNEL_SIZE[1], DILATION[1], STRIP[1], RING,
-        )  # fmt: skip
+    copy_strips(
+        values, value, strip, None, tokens, KERNEL_SIZE[1], DILATION[1], STRIP[1], RING, RING
+    )
     ampere.async_copy.commit_group()
 
     if OVERLAPS:
@@ -161,12 +154,10 @@ def _ring_forward_kernel(
             dots = ampere.mma_v2(q, k, zeros)
             s = masked_scores(dots, scale, bias.to(gl.float32))
             scores = scores + (s,)  # type: ignore[assignment]  # noqa: RUF005
-        for i in gl.static_range(STEP):
-            if strip + i < next_strip:
-                copy_strip(
-                    keys, key, strip + i + RING, row, offsets, length[1], group[1],
-                    query_strides[2], KERNEL_SIZE[1], DILATION[1], STRIP[1], RING,
-                )  # fmt: skip
+        copy_strips(
+            keys, key, strip + RING, next_strip + RING, tokens,
+            KERNEL_SIZE[1], DILATION[1], STRIP[1], RING, STEP,
+        )  # fmt: skip
         # Behind the last tile too: without a condition it takes fewer registers.
         copy_tile(
             queries, query, tile + 1, column, length, group, query_strides, rows, DILATION, TILE
@@ -185,12 +176,10 @@ def _ring_forward_kernel(
             v = values.index((strip + i) % RING).load(right)
             sums += p
             result = ampere.mma_v2(gl.convert_layout(p.to(dtype), left), v, result)
-        for i in gl.static_range(STEP):
-            if strip + i < next_strip:
-                copy_strip(
-                    values, value, strip + i + RING, row, offsets, length[1], group[1],
-                    query_strides[2], KERNEL_SIZE[1], DILATION[1], STRIP[1], RING,
-                )  # fmt: skip
+        copy_strips(
+            values, value, strip + RING, next_strip + RING, tokens,
+            KERNEL_SIZE[1], DILATION[1], STRIP[1], RING, STEP,
+        )  # fmt: skip
         ampere.async_copy.commit_group()
         strip = next_strip
 

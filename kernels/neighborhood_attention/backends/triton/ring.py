@@ -70,11 +70,28 @@ def shared_layout(head_dim: int) -> gl.SwizzledSharedLayout:
 
 
 @gluon.jit
-def copy_strip(
-    ring, tensor, strip, row, offsets, length, group, stride,
+def copy_strips(
+    ring, tensor, first, end, tokens,
+    KERNEL_SIZE: gl.constexpr, DILATION: gl.constexpr, ROWS: gl.constexpr,
+    RING: gl.constexpr, MOST: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy strips from `first` on into their places: MOST, or those of them before `end`.
+
+    `tokens` tells of a strip's tokens the row in it and the offset along the other axes, then the
+    length, the dilation group and the stride of the axis of rows.
+    """
+    for i in gl.static_range(MOST):
+        if end is None or first + i < end:
+            _copy_strip(ring, tensor, first + i, tokens, KERNEL_SIZE, DILATION, ROWS, RING)
+
+
+@gluon.jit
+def _copy_strip(
+    ring, tensor, strip, tokens,
     KERNEL_SIZE: gl.constexpr, DILATION: gl.constexpr, ROWS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy a strip into its place; rows outside of the map repeat its first or last."""
+    """Rows outside of the map repeat its first or last."""
+    row, offsets, length, group, stride = tokens
     position = strip * ROWS - KERNEL_SIZE // 2 + row
     position = gl.minimum(gl.maximum(position, 0), length - 1)
     pointers = tensor + ((position * DILATION + group) * stride)[:, None] + offsets

@@ -143,9 +143,9 @@ def _parse(record: dict[str, Any]) -> tuple[Key, Entry]:
     if whole_group is not None and whole_group.tile != whole_group.strip:
         raise ValueError(f"whole_group {whole_group}: its tile is its strip")
     for name, tile in entry.items():
-        if tile is None or (tile.walk is None and name != "ring_forward"):
+        if tile is None:
             continue
-        if name != "ring_forward" or not is_ring(tile):
+        if not (is_ring(tile) if name == "ring_forward" else tile.walk is None):
             raise ValueError(
                 f"{name} {tile}: expected a walk for ring_forward alone, of flat tiles of 16 "
                 "queries a warp, as long as some strips of 16 keys or more"
