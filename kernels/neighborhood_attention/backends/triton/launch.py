@@ -137,8 +137,21 @@ class Problem(NamedTuple):
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),  # tensor cores take no less
             "VALUE_DIM": value_dim,
             "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
-            "PRECISION": "tf32" if self.allow_tf32 else "ieee",
+            "PRECISION": self.precision,
         }
+
+    @property
+    def precision(self) -> str:
+        """Triton's word for products of fp32: TF32, or with about the error of fp32's own rounding.
+
+        The latter by three products in TF32, of the two parts of each factor: by IEEE they would
+        be multiplied out, without tensor cores, and take twice as long. Of heads of more than 128
+        channels the parts do not fit into registers.
+        """
+        is_huge = max(self.query.shape[-1], self.value.shape[-1]) > 128
+        if self.query.dtype is not torch.float32 or not _has_tf32(self.device):
+            return "ieee"
+        return "tf32" if self.allow_tf32 else "ieee" if is_huge else "tf32x3"
 
     @property
     def additional_arguments(self) -> dict[str, Any]:
@@ -199,6 +212,12 @@ def layout(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 def _is_tf32(dtype: torch.dtype) -> bool:
     return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _has_tf32(device: torch.device) -> bool:
+    """Whether its tensor cores take TF32: NVIDIA's, from Ampere on."""
+    capability = tile_table.capability(device)
+    return capability is not None and float(capability) >= 8 and torch.version.hip is None
 
 
 def with_contiguous_heads(tensor: Tensor) -> Tensor:

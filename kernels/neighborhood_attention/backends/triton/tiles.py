@@ -52,12 +52,36 @@ WHOLE_GROUP = Tiles(
     bias_gradient=Tile((1, 8, 8), (1, 4, 8), num_warps=4, max_registers=128),
     whole_group=Tile((1, 8, 8), (1, 8, 8), num_warps=4, programs=264),
 )
-# The others are untuned, but without spills and within the shared memory of small GPUs.
-SEQUENCE = Tiles(*[Tile((1, 1, 32), (1, 1, 32), num_warps=4, num_stages=1)] * 4)
-LARGE_HEADS = Tiles(*[Tile((1, 4, 8), (1, 2, 16), num_warps=4, num_stages=1)] * 4)
-VOLUME = Tiles(*[Tile((2, 4, 4), (1, 4, 8), num_warps=4, num_stages=1)] * 4)
-HUGE_SEQUENCE = Tiles(*[Tile((1, 1, 16), (1, 1, 16), num_warps=4, num_stages=1)] * 4)
-HUGE_HEADS = Tiles(*[Tile((1, 4, 4), (1, 2, 8), num_warps=4, num_stages=1)] * 4)
+
+
+def _same(*settings: Any) -> Tiles:
+    """One tile for all kernels of a problem."""
+    return Tiles(*[Tile(*settings)] * 4)
+
+
+# The others, by the number of axes: measured on an H200 with head dimensions of 32 to 128 and all
+# precisions (benchmarks/NOTES.md). A warp's registers hold 32 queries with light heads, 16 with
+# heavy ones, and a part of the columns of 16 with large and huge ones.
+LIGHT = {
+    1: _same((1, 1, 32), (1, 1, 32), 1),
+    2: _same((1, 4, 8), (1, 2, 16), 1),
+    3: _same((2, 4, 4), (1, 4, 8), 1),
+}
+HEAVY = {
+    1: _same((1, 1, 16), (1, 1, 32), 1),
+    2: _same((1, 2, 8), (1, 2, 16), 1),
+    3: _same((1, 4, 4), (1, 4, 8), 1),
+}
+LARGE = {
+    1: _same((1, 1, 16), (1, 1, 32), 2),
+    2: _same((1, 2, 8), (1, 2, 16), 2),
+    3: _same((1, 4, 4), (1, 4, 8), 2),
+}
+HUGE = {
+    1: _same((1, 1, 16), (1, 1, 16), 4, 1),
+    2: _same((1, 4, 4), (1, 2, 8), 4, 1),
+    3: _same((1, 4, 4), (1, 2, 8), 4, 1),
+}
 
 
 def choose_tiles(problem: "Problem", window: Neighborhood) -> Tiles:
@@ -85,18 +109,19 @@ def _warn_untuned(capability: str) -> None:
 
 def tiles_by_rule(problem: "Problem", window: Neighborhood) -> Tiles:
     """By the axes and the size of the heads and of the dilation groups."""
-    head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
-    head_bytes = head_dim * problem.query.dtype.itemsize
-    if head_bytes > 256:
-        return HUGE_SEQUENCE if window.dims == 1 else HUGE_HEADS
-    if window.dims != 2:
-        return SEQUENCE if window.dims == 1 else VOLUME
-    if head_bytes > 64:
-        return LARGE_HEADS
-    rows, columns = (ceil(n / d) for n, d in zip(problem.spatial, window.dilation, strict=True))
-    if max(rows, columns) <= 8:
-        return WHOLE_GROUP
-    return NARROW if columns <= 16 else WINDOWED
+    heads = problem.head_arguments
+    head_dim = max(heads["BLOCK_D"], heads["BLOCK_V"])
+    groups = [ceil(n / d) for n, d in zip(problem.spatial, window.dilation, strict=True)]
+    if window.dims == 2 and head_dim <= 32:
+        if max(groups) <= 8:
+            return WHOLE_GROUP
+        if problem.query.dtype.itemsize == 2:
+            return NARROW if groups[1] <= 16 else WINDOWED
+    if head_dim > 64:
+        return (LARGE if head_dim <= 128 else HUGE)[window.dims]
+    # Three products take each factor in two parts.
+    bytes_of_head = head_dim * problem.query.dtype.itemsize * (1 + (problem.precision == "tf32x3"))
+    return (LIGHT if bytes_of_head <= 128 else HEAVY)[window.dims]
 
 
 @dataclass(frozen=True)

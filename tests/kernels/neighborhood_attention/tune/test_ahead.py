@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import triton
 
 from neighborhood_attention.backends.triton import tile_table
-from neighborhood_attention.backends.triton.tiles import VOLUME, WINDOWED
+from neighborhood_attention.backends.triton.tiles import LIGHT, WINDOWED
 from neighborhood_attention.tune.ahead import Ahead, Part
 from neighborhood_attention.tune.passes import Shape, Work
 from neighborhood_attention.tune.records import Deadline
@@ -72,7 +72,7 @@ def test_kernels_overlap_as_on_the_gpu(capability, overlaps, compiled, monkeypat
 
 @pytest.mark.slow
 def test_other_processes_compile_and_tell_of_failures():
-    part, other = Part(FORWARD, WINDOWED), Part(FORWARD, VOLUME)
+    part, other = Part(FORWARD, WINDOWED), Part(FORWARD, LIGHT[2])
     with Ahead([part, part], processes=1) as ahead:
         assert ahead.wait(other, Deadline(0)) is None  # not asked for
         with pytest.raises(TimeoutError):

@@ -85,22 +85,21 @@ def test_agrees_with_the_definition(case, dtype):
     check(FUNCTIONS[len(case.spatial)], case, dtype, "cuda", backend="fused")
 
 
-@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 def test_agrees_with_the_definition_in_tf32(head_dim, tf32):
     case = Case((19, 22), (5, 7), head_dim=head_dim, additional=5)
     check(na2d, case, fp32, "cuda", tolerance=2e-3, backend="fused")
 
 
-# With the largest heads that it meets, in bytes.
+# The largest heads that each meets, of 16 bits and of fp32.
 CONFIGURATIONS = {
-    "WINDOWED": 64,
-    "NARROW": 64,
-    "WHOLE_GROUP": 64,
-    "SEQUENCE": 256,
-    "LARGE_HEADS": 256,
-    "VOLUME": 256,
-    "HUGE_SEQUENCE": 1024,
-    "HUGE_HEADS": 1024,
+    "WINDOWED": (32, None),
+    "NARROW": (32, None),
+    "WHOLE_GROUP": (32, 32),
+    "LIGHT": (64, 16),
+    "HEAVY": (None, 64),
+    "LARGE": (128, 128),
+    "HUGE": (256, 256),
 }
 SHAPES = [
     Case((70,), (9,), dilation=(3,), heads=4, key_heads=2, additional=5),
@@ -112,10 +111,13 @@ SHAPES = [
 
 @pytest.fixture
 def configure(monkeypatch):
-    """configure(NAME): these tiles for all problems; test_fused_ring_forward.py has those rings."""
+    """configure(NAME, axes): these tiles, without the rings that test_fused_ring_forward.py has."""
 
-    def configure(name):
-        chosen = replace(getattr(tiles, name), ring_forward=None)
+    def configure(name, dims):
+        chosen = getattr(tiles, name)
+        if isinstance(chosen, dict):
+            chosen = chosen[dims]
+        chosen = replace(chosen, ring_forward=None)
         for module in (fused_forward, fused_backward):
             monkeypatch.setattr(module, "choose_tiles", lambda problem, window: chosen)
 
@@ -130,13 +132,23 @@ def clear_prepared():
         module._prepare.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [fp16, bf16, fp32], ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=["1d", "2d", "groups of 8", "3d"])
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_every_configuration_agrees_with_the_definition(name, case, dtype, configure):
-    configure(name)
-    case = replace(case, head_dim=min(256, CONFIGURATIONS[name] // dtype.itemsize), value_dim=0)
-    check(FUNCTIONS[len(case.spatial)], case, dtype, "cuda", backend="fused")
+@pytest.mark.parametrize(
+    ("name", "head_dim", "dtype"),
+    [
+        (name, head_dim, dtype)
+        for name, of_half_and_single in CONFIGURATIONS.items()
+        for head_dim, dtypes in zip(of_half_and_single, ([fp16, bf16], [fp32]), strict=True)
+        for dtype in dtypes
+        if head_dim is not None
+    ],
+    ids=str,
+)
+def test_every_configuration_agrees_with_the_definition(name, head_dim, dtype, case, configure):
+    dims = len(case.spatial)
+    configure(name, dims)
+    case = replace(case, head_dim=head_dim, value_dim=0)
+    check(FUNCTIONS[dims], case, dtype, "cuda", backend="fused")
 
 
 ENTRIES = [
@@ -170,7 +182,11 @@ def test_the_tiles_of_the_table_agree_with_the_definition(
 
 
 def test_every_configuration_is_tested():
-    found = {name for name, value in vars(tiles).items() if isinstance(value, Tiles)}
+    found = {
+        name
+        for name, value in vars(tiles).items()
+        if isinstance(value, Tiles) or (isinstance(value, dict) and set(value) == {1, 2, 3})
+    }
     assert found == set(CONFIGURATIONS)
 
 

@@ -64,12 +64,26 @@ def test_query_heads_share_the_key_heads(key_heads, heads_per_key):
     assert (arguments["heads"], arguments["heads_per_key"]) == (6, heads_per_key)
 
 
-def test_products_are_exact():
-    assert describe_meta((1, 3, 6, 16)).head_arguments["PRECISION"] == "ieee"
+def precision(monkeypatch, capability, dtype=torch.float32):
+    """Of products on such a GPU."""
+    monkeypatch.setattr(tile_table, "capability", lambda _: capability)
+    tensor = torch.empty(1, 3, 6, 16, dtype=dtype, device="meta")
+    return Problem.of(describe(Inputs(tensor, tensor, tensor))).head_arguments["PRECISION"]
 
 
-def test_products_follow_pytorchs_setting_of_tf32(tf32):
-    assert describe_meta((1, 3, 6, 16)).head_arguments["PRECISION"] == "tf32"
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "12.0"])
+def test_products_of_fp32_are_three_in_tf32(capability, monkeypatch):
+    assert precision(monkeypatch, capability) == "tf32x3"
+    assert precision(monkeypatch, capability, torch.bfloat16) == "ieee"
+
+
+@pytest.mark.parametrize("capability", [None, "7.5"])
+def test_products_are_ieees_without_tf32(capability, tf32, monkeypatch):
+    assert precision(monkeypatch, capability) == "ieee"
+
+
+def test_products_follow_pytorchs_setting_of_tf32(tf32, monkeypatch):
+    assert precision(monkeypatch, "8.0") == "tf32"
 
 
 def test_additional_keys_are_counted_and_absent_ones_are_none():

@@ -14,12 +14,11 @@ from neighborhood_attention.backends.triton.launch import Problem, describe
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tile_table import Key
 from neighborhood_attention.backends.triton.tiles import (
-    HUGE_HEADS,
-    HUGE_SEQUENCE,
-    LARGE_HEADS,
+    HEAVY,
+    HUGE,
+    LARGE,
+    LIGHT,
     NARROW,
-    SEQUENCE,
-    VOLUME,
     WHOLE_GROUP,
     WINDOWED,
     TilePlan,
@@ -114,7 +113,7 @@ def test_a_plan_with_a_walk_keeps_strips_in_a_ring():
 def test_a_plan_has_positions_for_both_lengths_of_groups():
     # Groups of 5 and 4 tokens on the last axis: 3 and 2 tiles of 2; of 2 on the others.
     window = Neighborhood((1, 2, 3), (1, 1, 1), (1, 1, 2), (False, False, True))
-    tile = dataclasses.replace(VOLUME.forward, tile=(2, 2, 2), strip=(1, 1, 4))
+    tile = dataclasses.replace(LIGHT[3].forward, tile=(2, 2, 2), strip=(1, 1, 4))
     plan = TilePlan(tile, window, (2, 2, 9), of_keys=True)
     assert [axis.tiles for axis in plan.axes] == [1, 1, 3]
     assert plan.positions == 2 * 3
@@ -124,9 +123,9 @@ def test_a_plan_has_positions_for_both_lengths_of_groups():
 def test_a_plan_is_made_once():
     window = Neighborhood((3,), (1,), (1,), (False,))
     of_queries, of_keys = (
-        plan_tiles(SEQUENCE.forward, window, (9,), of_keys) for of_keys in (False, True)
+        plan_tiles(LIGHT[1].forward, window, (9,), of_keys) for of_keys in (False, True)
     )
-    assert of_queries is plan_tiles(SEQUENCE.forward, window, (9,), False)
+    assert of_queries is plan_tiles(LIGHT[1].forward, window, (9,), False)
     assert (of_queries.of_keys, of_keys.of_keys) == (False, True)
 
 
@@ -138,17 +137,17 @@ def test_a_plan_is_made_once():
         ((56, 56), 32, torch.float16, 7, WHOLE_GROUP),
         ((57, 56), 32, torch.float16, 7, NARROW),
             ((57, 113), 32, torch.float16, 7, WINDOWED),
-        ((7, 7), 16, torch.float32, 1, WHOLE_GROUP),
-        ((7, 7), 64, torch.bfloat16, 1, LARGE_HEADS),
-        ((56, 56), 32, torch.float32, 1, LARGE_HEADS),
-        ((56, 56), 128, torch.bfloat16, 1, LARGE_HEADS),
-        ((56, 56), 129, torch.bfloat16, 1, HUGE_HEADS),
-        ((56, 56), 256, torch.float32, 1, HUGE_HEADS),
-        ((56,), 32, torch.bfloat16, 1, SEQUENCE),
-        ((56,), 64, torch.float32, 1, SEQUENCE),
-        ((56,), 65, torch.float32, 1, HUGE_SEQUENCE),
-        ((7, 7, 7), 32, torch.float16, 1, VOLUME),
-        ((7, 7, 7), 256, torch.float16, 1, HUGE_HEADS),
+        ((7, 7), 32, torch.float32, 1, WHOLE_GROUP),
+        ((7, 7), 64, torch.bfloat16, 1, LIGHT[2]),
+        ((56, 56), 16, torch.float32, 1, LIGHT[2]),
+        ((56, 56), 33, torch.float32, 1, HEAVY[2]),
+        ((56, 56), 65, torch.bfloat16, 1, LARGE[2]),
+        ((56, 56), 129, torch.bfloat16, 1, HUGE[2]),
+        ((56,), 64, torch.bfloat16, 1, LIGHT[1]),
+        ((56,), 64, torch.float32, 1, HEAVY[1]),
+        ((56,), 65, torch.float32, 1, LARGE[1]),
+        ((7, 7, 7), 32, torch.float16, 1, LIGHT[3]),
+        ((7, 7, 7), 256, torch.float16, 1, HUGE[3]),
     ],
 )  # fmt: skip
 def test_the_tiles_follow_the_axes_the_head_and_the_dilation_group(
@@ -160,11 +159,23 @@ def test_the_tiles_follow_the_axes_the_head_and_the_dilation_group(
     assert tiles_by_rule(Problem.of(describe(Inputs(query, query, query))), window) is expected
 
 
+@pytest.mark.parametrize(("head_dim", "is_tf32"), [(16, False), (32, True)], ids=str)
+def test_three_products_make_heads_heavier(head_dim, is_tf32, capability, tf32):
+    capability("8.6")
+    torch.backends.cuda.matmul.allow_tf32 = is_tf32
+    light, other = (
+        torch.empty(1, 99, 2, n * head_dim, dtype=torch.float32, device="meta") for n in (1, 2)
+    )
+    window = Neighborhood((7,), (1,), (1,), (False,))
+    assert tiles_by_rule(Problem.of(describe(Inputs(light, light, light))), window) is LIGHT[1]
+    assert tiles_by_rule(Problem.of(describe(Inputs(other, other, other))), window) is HEAVY[1]
+
+
 def test_the_larger_of_both_head_dimensions_decides():
-    query, value = (torch.empty(1, 9, 9, 2, d, device="meta") for d in (16, 32))
+    query, value = (torch.empty(1, 9, 9, 2, d, device="meta") for d in (32, 64))
     window = Neighborhood((3, 3), (1, 1), (1, 1), (False, False))
-    assert tiles_by_rule(Problem.of(describe(Inputs(query, query, value))), window) is LARGE_HEADS
-    assert tiles_by_rule(Problem.of(describe(Inputs(value, value, query))), window) is LARGE_HEADS
+    assert tiles_by_rule(Problem.of(describe(Inputs(query, query, value))), window) is HEAVY[2]
+    assert tiles_by_rule(Problem.of(describe(Inputs(value, value, query))), window) is HEAVY[2]
 
 
 @pytest.fixture
@@ -193,7 +204,7 @@ def test_the_table_stands_above_the_rule(capability, monkeypatch):
     monkeypatch.setitem(tile_table.table(), Key.of(problem, SEVEN), entry)
     assert choose_tiles(problem, SEVEN) == dataclasses.replace(WINDOWED, **entry)
     assert choose_tiles(problem_of(21), SEVEN) is WINDOWED
-    assert choose_tiles(problem_of(20, torch.float32), SEVEN) is LARGE_HEADS
+    assert choose_tiles(problem_of(20, torch.float32), SEVEN) is HEAVY[2]  # of three products
 
 
 @pytest.mark.parametrize("entry", [{}, {"ring_forward": None}], ids=str)
