@@ -59,9 +59,14 @@ def _same(*settings: Any) -> Tiles:
     return Tiles(*[Tile(*settings)] * 4)
 
 
+def _large(tile: Any, short: Any, long: Any) -> Tiles:
+    """Of fp32: two warps share 16 queries; the gradients' longer strips need too much memory."""
+    return Tiles(Tile(tile, long, 2), *[Tile(tile, short, 2)] * 3)
+
+
 # The others, by the number of axes: measured on an H200 with head dimensions of 32 to 128 and all
-# precisions (benchmarks/NOTES.md). A warp's registers hold 32 queries with light heads, 16 with
-# heavy ones, and a part of the columns of 16 with large and huge ones.
+# precisions (benchmarks/NOTES.md). A warp's registers hold 32 queries with light heads, and 16 with
+# heavy ones; of larger heads of 16 bits, four warps take 64 queries from shared memory.
 LIGHT = {
     1: _same((1, 1, 32), (1, 1, 32), 1),
     2: _same((1, 4, 8), (1, 2, 16), 1),
@@ -72,10 +77,15 @@ HEAVY = {
     2: _same((1, 2, 8), (1, 2, 16), 1),
     3: _same((1, 4, 4), (1, 4, 8), 1),
 }
-LARGE = {
-    1: _same((1, 1, 16), (1, 1, 32), 2),
-    2: _same((1, 2, 8), (1, 2, 16), 2),
-    3: _same((1, 4, 4), (1, 4, 8), 2),
+LARGE_HALF = {
+    1: _same((1, 1, 64), (1, 1, 32), 4),
+    2: _same((1, 8, 8), (1, 2, 16), 4),
+    3: _same((4, 4, 4), (1, 4, 8), 4),
+}
+LARGE_SINGLE = {
+    1: _large((1, 1, 16), (1, 1, 16), (1, 1, 32)),
+    2: _large((1, 2, 8), (1, 1, 16), (1, 2, 16)),
+    3: _large((1, 4, 4), (1, 4, 4), (1, 4, 8)),
 }
 HUGE = {
     1: _same((1, 1, 16), (1, 1, 16), 4, 1),
@@ -117,11 +127,14 @@ def tiles_by_rule(problem: "Problem", window: Neighborhood) -> Tiles:
             return WHOLE_GROUP
         if problem.query.dtype.itemsize == 2:
             return NARROW if groups[1] <= 16 else WINDOWED
+    if head_dim > 128:
+        return HUGE[window.dims]
+    is_half = problem.query.dtype.itemsize == 2
     if head_dim > 64:
-        return (LARGE if head_dim <= 128 else HUGE)[window.dims]
+        return (LARGE_HALF if is_half else LARGE_SINGLE)[window.dims]
     # Three products take each factor in two parts.
-    bytes_of_head = head_dim * problem.query.dtype.itemsize * (1 + (problem.precision == "tf32x3"))
-    return (LIGHT if bytes_of_head <= 128 else HEAVY)[window.dims]
+    parts = 1 if is_half else 4 if problem.precision == "tf32x3" else 2
+    return (LIGHT if head_dim * parts <= 64 else HEAVY)[window.dims]
 
 
 @dataclass(frozen=True)
