@@ -6,16 +6,15 @@
 Needs a GPU, PyTorch and Triton; the second command only draws. Runs go on where the last one ended,
 on any machine of the same kind, and measure nothing twice. Problems with providers that PyTorch
 compiles come first, the others in a random order, so that each part is a sample of the whole.
-Estimated, not measured, for an H100 and 16 cores: 1,400 times a problem and a precision, 7,400
-compilations by Triton; 2 to 3 runs of 9 minutes.
+There are 1,400 pairs of a problem and a precision; on an H200 with 16 cores one takes 1 second.
 
-The problems of problems/paper.json, without bias, in half and full precision (fp32 by IEEE, and
-every third with TF32 products). Each pass is checked against the reference backend in fp64 and
-timed in a CUDA graph, the median of replays with a cold L2 cache. dense is self-attention over the
-whole map by the fastest of PyTorch's cuDNN, FlashAttention and memory-efficient kernels (one that
-takes twice as long as another is replayed once), where it takes at most some 10 ms; its results are
-checked on small maps. flex (FlexAttention) and gathered (windows by indexing), both compiled, are
-measured on thirty of the problems, in half precision.
+The problems of problems/paper.json, without bias, in half and full precision (fp32: products by
+IEEE or as exact, and every third problem with TF32 ones). Each pass is checked against the
+reference backend in fp64 and timed in a CUDA graph, the median of replays with a cold L2 cache.
+dense is self-attention over the whole map by the fastest of PyTorch's cuDNN, FlashAttention and
+memory-efficient kernels (one that takes twice as long as another is replayed once), where it takes
+at most some 10 ms; its results are checked on small maps. flex (FlexAttention) and gathered
+(windows by indexing), both compiled, are measured on thirty of the problems, in half precision.
 """
 
 import argparse
@@ -48,7 +47,7 @@ IDENTITY = "map", "heads", "head_dim", "kernel_size", "dilation", "batch", "prec
 SLOW = "flex", "gathered"
 MARGIN = 10  # seconds that a problem may take
 MEASURED = ["float16", "float32", "tf32"]
-SECONDS = 0.03  # of replays
+SECONDS = 0.015  # of replays, of which there are 5 at least
 # Dense attention that takes longer than these FLOP is left out.
 DENSE_FLOPS = {"float16": 2 * 10**12, "float32": 10**11, "tf32": 10**11}
 CHECKED_TOKENS = 2048  # of dense attention

@@ -190,7 +190,8 @@ class Classifier(LightningModule):
         by_value = gradient_clip_algorithm == "value"
         self.gradient_norm = clip_or_skip(optimizer, None if by_value else gradient_clip_val)
         if by_value and gradient_clip_val:
-            clip_grad_value_(self.parameters(), gradient_clip_val)
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            clip_grad_value_(parameters, gradient_clip_val)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step timm's schedules by the number of updates."""

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nat_models.engine.delayed import Delayed
+from nat_models.engine.local_shards import LocalShards
 from nat_models.errors import RunStopped
 
 _log = logging.getLogger(__name__)
@@ -29,10 +30,14 @@ def clip_or_skip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
         The norm before clipping, a scalar on the device.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+    limit = max_norm or float("inf")
+    if shards := LocalShards.of(optimizer):
+        norm = shards.clip_gradients(limit)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if all(group.get("fused") for group in optimizer.param_groups):  # a checkpoint may tell another
         # What GradScaler does: the kernel leaves out the update.
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     elif not norm.isfinite():
