@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import counters
 import fusions
 import limits
 import model_report
@@ -121,6 +122,7 @@ STUDIES = [
     Study("Models", "models*.json", model_report.tables, figures=model_report.figures),
     Study("Operator", "kernels*.json", operator.tables, plots=operator.plots),
     Study("Generations of kernels", "paper*.json", paper.tables, plots=paper.plots),
+    Study("Hardware counters", "counters*.json", counters.tables),
     Study("Large maps", "limits*.json", limits.tables, plots=limits.plots),
     Study("Fusions", "fusions*.json", fusions.tables),
     Study("Scaling", "scaling*.json", scaling_report.tables, figures=scaling_report.figures),

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,8 @@ def process(work: Any, case: Record, folder: Path, rank: int, port: int) -> None
         common["TORCHELASTIC_RUN_ID"] = "scaling"  # how Lightning knows torchrun's processes
         os.environ.update({name: str(value) for name, value in {**ours, **common}.items()})
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    # Workers that load data: from a server of their own they would import everything once more.
+    set_start_method("fork", force=True)
     set_up_logging()
     result = work(case, folder)
     if rank == 0:
@@ -353,6 +355,7 @@ def note_losses(case: Record, folder: Path) -> Record:
         f"trainer.limit_train_batches={epoch * micro}",
         "trainer.limit_val_batches=1",
         f"trainer.precision={case['precision']}",
+        "callbacks.recent=null",
         f"+callbacks.losses={{_target_: scaling.Losses, stop_after: {stop_after}}}",
         f"ckpt={folder}/last.ckpt" if case.get("continue") else "ckpt=null",
     )
