@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from nat_models.engine.local_shards import ELEMENTWISE, LocalShards
 
-# 0.4 GB in fp32. A smaller model is gathered at once: no piece of it is worth a collective of its
-# own, and the compiler takes it whole.
+# 0.4 GB in fp32. A smaller model is gathered at once, into memory that stays its own: no piece is
+# worth a collective of its own, and the compiler takes it whole.
 MAX_AT_ONCE = 100_000_000
 
 
@@ -119,9 +119,27 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         model: What timm's models are: their repeated parts lie in containers named `blocks`.
         mesh: One-dimensional mesh of the processes.
     """
-    for block in separate_blocks(model):
+    blocks = separate_blocks(model)
+    for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    root = fully_shard(model, mesh=mesh)
+    if not blocks:
+        keep_addresses(root)
+
+
+def keep_addresses(model: FSDPModule) -> None:
+    """Leave the gathered weights' memory to them between steps, too.
+
+    A CUDA graph holds their addresses, and is recorded again where one has changed.
+    """
+    group = model._get_fsdp_state()._fsdp_param_group
+    assert group is not None
+    for parameter in group.fsdp_params:
+        parameter.free_unsharded_param = _keep  # type: ignore[method-assign]
+
+
+def _keep() -> None:
+    """Free nothing."""
 
 
 def separate_blocks(model: nn.Module) -> list[nn.Module]:

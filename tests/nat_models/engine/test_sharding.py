@@ -55,6 +55,35 @@ def test_a_large_model_is_gathered_block_by_block(monkeypatch, mesh, most, separ
     assert kinds == [True, separate, separate, False]
 
 
+@pytest.mark.parametrize(("most", "stay"), [(710, True), (709, False)], ids=["small", "large"])
+def test_a_small_models_gathered_weights_keep_their_addresses(monkeypatch, mesh, most, stay):
+    monkeypatch.setattr(sharding, "MAX_AT_ONCE", most)
+    model = Model()
+    sharding.shard(model, mesh)
+    addresses, taken = [], []
+    model.head.register_forward_pre_hook(
+        lambda module, _: addresses.append(module.weight.data_ptr())
+    )
+    for _ in range(3):
+        model(torch.ones(1, 4)).sum().backward()
+        # What FSDP has freed is taken by someone else.
+        taken += [torch.empty_like(parameter.to_local()) for parameter in model.parameters()]
+    assert (len(set(addresses)) == 1) == stay
+
+
+def test_gathered_weights_are_those_of_the_last_step(mesh):
+    model = Model()
+    sharding.shard(model, mesh)
+    x = torch.ones(1, 4)
+    before = model(x)
+    before.sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().zero_()
+    assert before.any()
+    assert not model(x).any()
+
+
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
