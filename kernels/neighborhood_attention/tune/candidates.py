@@ -49,6 +49,8 @@ _OPTIONS: dict[str, list[tuple[int, int | None]]] = {
     "whole_group": [(2, None), (1, None), (2, 168)],
     "ring_forward": [(1, None), (1, 128)],
 }
+# Of heads of more than 64 bytes, which would spill.
+_UNCAPPED: list[tuple[int, int | None]] = [(2, None), (3, None), (1, None)]
 # Programs of a multiprocessor, where they always walk over images.
 _PROGRAMS = {"query_bias_gradient": (6, 8), "whole_group": (2, 3)}
 # Their tiles are tried wherever the rule has one of them.
@@ -104,7 +106,8 @@ def _listed(
             yield Tile(*shape, *options, walk=walk)
         return
     head_bytes = problem.query.dtype.itemsize * problem.head_arguments["BLOCK_D"]
-    most = 1024 if head_bytes <= 64 else 512  # scores of a warp, for its registers
+    most = 1024 if head_bytes <= 128 else 512  # scores of a warp, for its registers
+    options = _OPTIONS[kernel] if head_bytes <= 64 else _UNCAPPED
     waves = _PROGRAMS.get(kernel)
     counts = [n * multiprocessors for n in waves] if waves else [Tile.programs]
     shapes = [
@@ -113,7 +116,7 @@ def _listed(
         for warps in (1, 2, 4, 8)
         if most // 2 <= prod(tile) * prod(strip) // warps <= most
     ]
-    for (stages, registers), programs in product(_OPTIONS[kernel], counts):
+    for (stages, registers), programs in product(options, counts):
         for shape in shapes:
             yield Tile(*shape, stages, registers, programs)
     if kernel == "forward":  # it walks over images where a tile is a whole dilation group

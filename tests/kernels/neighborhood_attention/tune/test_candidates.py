@@ -78,6 +78,13 @@ def test_large_heads_get_fewer_scores_a_warp():
     assert most == {32: 1024, 128: 512}
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_heads_of_fp32_have_all_registers_and_as_many_scores_a_warp(precision):
+    listed, *_ = find("key_gradient", 56, precision=precision)
+    assert {tile.max_registers for tile in listed} == {None}
+    assert Tile(HALF, ROWS, 1) in listed
+
+
 def test_a_forward_of_whole_groups_tries_several_programs():
     programs = {side: {tile.programs for tile in find("forward", side)[0]} for side in (7, 56)}
     assert programs == {7: {2048, 2 * H100, 4 * H100, 8 * H100}, 56: {2048}}
