@@ -107,7 +107,7 @@ def _listed(
         return
     head_bytes = problem.query.dtype.itemsize * problem.head_arguments["BLOCK_D"]
     most = 1024 if head_bytes <= 128 else 512  # scores of a warp, for its registers
-    options = _OPTIONS[kernel] if head_bytes <= 64 else _UNCAPPED
+    settings = _OPTIONS[kernel] if head_bytes <= 64 else _UNCAPPED
     waves = _PROGRAMS.get(kernel)
     counts = [n * multiprocessors for n in waves] if waves else [Tile.programs]
     shapes = [
@@ -116,7 +116,7 @@ def _listed(
         for warps in (1, 2, 4, 8)
         if most // 2 <= prod(tile) * prod(strip) // warps <= most
     ]
-    for (stages, registers), programs in product(options, counts):
+    for (stages, registers), programs in product(settings, counts):
         for shape in shapes:
             yield Tile(*shape, stages, registers, programs)
     if kernel == "forward":  # it walks over images where a tile is a whole dilation group
