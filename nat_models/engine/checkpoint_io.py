@@ -45,7 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read a checkpoint without running code from it, whatever `weights_only` says."""
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        # Mapped: a host's processes share one copy. A save renames, so this file stays as it is.
+        checkpoint: dict[str, Any] = torch.load(
+            path, map_location=map_location, weights_only=True, mmap=True
+        )
         return checkpoint
 
 

@@ -34,6 +34,8 @@ OBJECTIVES = ("val/top1", "val/top5")
 def train(cfg: DictConfig) -> float:
     """Train, evaluate the best checkpoint, leave pictures and records beside it.
 
+    Without `callbacks.best` it is the last one.
+
     Args:
         cfg: Composed from configs/train.yaml.
 
@@ -46,6 +48,7 @@ def train(cfg: DictConfig) -> float:
     with bad_input():
         if cfg.objective not in OBJECTIVES:
             raise ValueError(f"objective={cfg.objective}: expected one of {OBJECTIVES}")
+        result = _result(cfg)
         path = resume_path(cfg)
         resumed = TrainedRun.read(path) if path else None
         set_up_torch(cfg)
@@ -82,19 +85,29 @@ def train(cfg: DictConfig) -> float:
         _record_start(output, cfg, trainer, module, data)
         trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         output = trainer.strategy.broadcast(output)  # torchrun's processes each name another
-        best = output / "best.ckpt"
+        checkpoint = output / result
         execution = module.execution
         # Not by the trainer's ckpt_path, which would take the callbacks back to that epoch too.
-        module = TrainedRun.read(best).module({"attention_backend": cfg.model.attention_backend})
+        module = TrainedRun.read(checkpoint).module(
+            {"attention_backend": cfg.model.attention_backend}
+        )
         _draw(output, trainer, module, data)
         _write_model(output / "model", module, data)
         module.run_by(execution)
         [metrics] = trainer.validate(module, data, verbose=False)
         _write_metrics(output, metrics, module, data, cfg.push_to_hub)
-        _log.info("%s  %s", accuracy(metrics), best)
+        _log.info("%s  %s", accuracy(metrics), checkpoint)
         _end_logs(trainer)
     objective: float = metrics[cfg.objective]
     return objective
+
+
+def _result(cfg: DictConfig) -> str:
+    """Name of the checkpoint that a run ends with."""
+    for name in ("best", "last"):
+        if (cfg.callbacks or {}).get(name):
+            return f"{name}.ckpt"
+    raise ValueError("callbacks.best=null and callbacks.last=null: expected one of the two")
 
 
 @rank_zero_only

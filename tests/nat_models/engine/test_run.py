@@ -72,6 +72,10 @@ def checkpoint(tmp_path_factory) -> Path:
         (["callbacks=ema", "trainer.strategy=fsdp2"], r"trainer\.strategy=fsdp2: .*callbacks\.ema"),
         (["trainer.strategy=dp2"], r"strategy.*dp2"),
         (["callbacks.non_finite.patience=0"], r"callbacks\.non_finite\.patience=0: expected"),
+        (
+            ["callbacks.best=null", "callbacks.last=null"],
+            r"callbacks\.best=null and callbacks\.last",
+        ),
         (["ckpt=no/last.ckpt"], r"no/last\.ckpt: no such file"),
         (["ckpt=last", "name=never"], r"ckpt=last: there is no last\.ckpt under .*never"),
     ],
@@ -162,6 +166,13 @@ def test_a_run_without_loggers(compose, tmp_path, monkeypatch):
     assert {"best.ckpt", "metrics.json"} <= set(os.listdir(output))
     assert not (output / "csv").exists()
     assert os.listdir(tmp_path) == ["outputs"]
+
+
+def test_a_run_without_the_best_checkpoint_ends_with_the_last(compose, tmp_path):
+    options = ["debug=short", "callbacks.best=null", f"paths.output_dir={tmp_path}"]
+    run.train(compose("train", *TINY, *QUIET, *options))
+    assert not (tmp_path / "best.ckpt").exists()
+    assert (tmp_path / "train.log").read_text().splitlines()[-1].endswith("last.ckpt")
 
 
 def test_checkpoint_holds_plain_data_only(checkpoint):
