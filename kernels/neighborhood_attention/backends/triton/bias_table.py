@@ -56,7 +56,7 @@ class BiasTable:
             {
                 "heads": heads, "size": three_axes(problem.spatial), "types": types,
                 "OF_KEYS": plan.of_keys, "IN_RING": plan.in_ring,
-                "OVERLAPS": plan.in_ring and can_overlap(problem.device),
+                "OVERLAPS": can_overlap(problem.device),
                 **window_arguments(window), **plan_arguments(plan),
             },
         )  # fmt: skip

@@ -44,6 +44,7 @@ from neighborhood_attention.backends.triton.launch import (
     describe,
     layout,
     plan_arguments,
+    reading_launch,
     scale_arguments,
     window_arguments,
 )
@@ -73,6 +74,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
+    wait_for_table,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -157,7 +159,7 @@ def _prepare(
         table = BiasTable(problem, window, tile_plan)
         programs = batch * tile_plan.programs * (key_heads if of_keys else heads)
         arguments = {**settings, **plan_arguments(tile_plan), "table_stride": table.head_stride}
-        return table, Launch(kernel, programs, arguments, **tile.options)
+        return table, reading_launch(kernel, programs, problem, tile, arguments)
 
     whole = tiles.whole_group and plan(tiles.whole_group, of_keys=True)
     if whole and whole.holds_groups and heads == key_heads and additional is None:
@@ -193,7 +195,7 @@ def _query_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -248,6 +250,7 @@ def _query_gradient_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     strips = count_strips(start, end, STRIP, STRIPS)
+    wait_for_table(OVERLAPS)
     next_bias = tl.load(table)  # one strip ahead
     for strip in range(strips):
         first = strip_start(strip, start, STRIP, STRIPS)
@@ -282,7 +285,7 @@ def _key_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. Grid: (images * dilation groups * tiles * key heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -312,6 +315,7 @@ def _key_gradient_kernel(
     dk = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
     dv = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)
 
+    wait_for_table(OVERLAPS)
     for head in range(key_head * heads_per_key, (key_head + 1) * heads_per_key):
         strips = count_strips(start, end, STRIP, STRIPS)
         next_bias = tl.load(table + head * table_stride)  # one strip ahead

@@ -43,6 +43,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
+    wait_for_table,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -130,7 +131,7 @@ def _partial_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One strip at one position, for a share of the images. Grid: (positions * strips * heads *
     shares,).
@@ -150,6 +151,7 @@ def _partial_kernel(
     first = strip_start(strip, start, STRIP, STRIPS)
     entry = table_entry(tile, group, size, length, front, back, DILATION, TILE) * ALL_STRIPS
     table = flat_block(table + head * table_stride, entry + strip, TILE_TOKENS * STRIP_TOKENS)
+    wait_for_table(OVERLAPS)
     bias = in_rows(tl.load(table), TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
     bias = bias.to(tl.float32)
     total = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)

@@ -30,6 +30,7 @@ from neighborhood_attention.backends.triton.launch import (
     describe,
     describe_packed,
     plan_arguments,
+    reading_launch,
     scale_arguments,
     window_arguments,
 )
@@ -57,6 +58,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
+    wait_for_table,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -116,7 +118,7 @@ def _prepare(
         return table, whole_group_forward(problem, plan, settings), False
     programs = problem.query.shape[0] * plan.programs * problem.query.shape[-2]
     settings |= plan_arguments(plan)
-    return table, Launch(_forward_kernel, programs, settings, **plan.tile.options), True
+    return table, reading_launch(_forward_kernel, programs, problem, plan.tile, settings), True
 
 
 def _choose_plan(problem: Problem, window: Neighborhood, is_aligned: bool) -> TilePlan:
@@ -141,7 +143,7 @@ def _forward_kernel(
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, SIGN: tl.constexpr,
-    WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
+    WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: (images * dilation groups * tiles * heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -185,6 +187,7 @@ def _forward_kernel(
                 running_max, running_sum, running_output, s, v, PRECISION
             )
 
+    wait_for_table(OVERLAPS)
     for strip in range(count_strips(start, end, STRIP, STRIPS)):
         first = strip_start(strip, start, STRIP, STRIPS)
         key_token = strip_tokens(first, end, group, DILATION, STRIP)

@@ -38,6 +38,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
+    wait_for_table,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -81,7 +82,7 @@ def _query_bias_gradient_kernel(
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, SIGN: tl.constexpr,
-    WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
+    WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One tile at one position, a share of the items. Grid: (heads * positions * shares,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -105,6 +106,7 @@ def _query_bias_gradient_kernel(
     grad_output += head * grad_output_strides[4]
     grad_query += head * grad_query_strides[4]
     output += head * VALUE_DIM
+    wait_for_table(OVERLAPS)
     bias_0 = tl.load(table)
     bias_1 = tl.load(table + (ALL_STRIPS - 1) * (TILE_TOKENS * STRIP_TOKENS))
     sum_0 = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)

@@ -16,13 +16,12 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere
-from triton.language.extra.cuda import gdc_wait
 
 from neighborhood_attention.backends.triton.launch import (
     Launch,
     Problem,
-    can_overlap,
     plan_arguments,
+    reading_launch,
 )
 from neighborhood_attention.backends.triton.ring import (
     copy_strips,
@@ -42,6 +41,7 @@ from neighborhood_attention.backends.triton.window import (
     ring_strip,
     table_entry,
     tile_range,
+    wait_for_table,
     with_sign,
 )
 
@@ -59,13 +59,10 @@ def ring_forward(problem: Problem, plan: TilePlan, settings: dict[str, Any]) -> 
     walk = min(plan.tile.walk, _tiles_of_a_program(problem, plan))
     parts = ceil(rows.tiles / walk)
     programs = batch * plan.groups * parts * columns.tiles * heads
-    overlaps = can_overlap(problem.device)
     arguments = {
-        **settings, **plan_arguments(plan), "OVERLAPS": overlaps,
-        "walk": ceil(rows.tiles / parts), "parts": parts,
+        **settings, **plan_arguments(plan), "walk": ceil(rows.tiles / parts), "parts": parts,
     }  # fmt: skip
-    options = plan.tile.options | {"launch_pdl": overlaps}
-    return Launch(_ring_forward_kernel, programs, arguments, **options)
+    return reading_launch(_ring_forward_kernel, programs, problem, plan.tile, arguments)
 
 
 def _tiles_of_a_program(problem: Problem, plan: TilePlan) -> int:
@@ -137,8 +134,7 @@ def _ring_forward_kernel(
     )
     ampere.async_copy.commit_group()
 
-    if OVERLAPS:
-        gdc_wait()  # for the table
+    wait_for_table(OVERLAPS)
     zeros = gl.zeros([QUERIES, KEYS], gl.float32, product)
     for tile in range(first, last):
         next_strip = strip

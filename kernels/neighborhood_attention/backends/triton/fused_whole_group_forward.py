@@ -28,6 +28,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
+    wait_for_table,
     with_sign,
 )
 
@@ -46,7 +47,7 @@ def _whole_group_forward_kernel(
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, SIGN: tl.constexpr,
-    WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr,
+    WIDE: tl.constexpr, EQUAL_STRIDES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Groups of one length, a share of the items. Grid: (heads * positions * shares,)."""
     TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -59,6 +60,7 @@ def _whole_group_forward_kernel(
     groups = groups_alike(first_group, size, DILATION)
     length = group_lengths(first_group, size, DILATION)
     entry = table_entry(tile, first_group, size, length, front, back, DILATION, TILE)
+    wait_for_table(OVERLAPS)
     packed_bias = tl.load(flat_block(table + head * table_stride, entry, TOKENS * TOKENS))
     query += head * query_strides[4]
     key += head // heads_per_key * key_strides[4]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton import tile_table
+from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import TilePlan, three_axes
 from neighborhood_attention.geometry import Neighborhood
 
@@ -253,21 +254,27 @@ def plan_arguments(plan: TilePlan) -> dict[str, int | tuple[int, ...]]:
     }
 
 
+def reading_launch(
+    kernel: Any, programs: int, problem: Problem, tile: Tile, arguments: Mapping[str, Any]
+) -> Launch:
+    """Of a kernel that reads a table of biases: it begins, where it can, while that is made."""
+    overlaps = can_overlap(problem.device)
+    arguments = {**arguments, "OVERLAPS": overlaps}
+    return Launch(kernel, programs, arguments, **tile.options, launch_pdl=overlaps)
+
+
 def walking_launch(
     kernel: Any, problem: Problem, plan: TilePlan, settings: Mapping[str, Any], parts: int = 1
 ) -> Launch:
     """Of programs that walk over images and dilation groups, at each position, part and head."""
     batch, heads = problem.query.shape[0], problem.query.shape[-2]
     shares = plan.shares(batch, heads * parts)
-    return Launch(
-        kernel,
-        plan.positions * parts * heads * shares,
-        {
-            **settings, **plan_arguments(plan),
-            "batch": batch, "shares": shares, "positions": plan.positions,
-        },
-        **plan.tile.options,
-    )  # fmt: skip
+    arguments = {
+        **settings, **plan_arguments(plan),
+        "batch": batch, "shares": shares, "positions": plan.positions,
+    }  # fmt: skip
+    programs = plan.positions * parts * heads * shares
+    return reading_launch(kernel, programs, problem, plan.tile, arguments)
 
 
 def _strides(layout: Layout) -> tuple[int, ...]:

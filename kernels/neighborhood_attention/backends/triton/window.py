@@ -8,6 +8,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from neighborhood_attention import geometry
 
@@ -24,6 +25,13 @@ window_end = _compiled(geometry.window_end)
 attending_start = _compiled(geometry.attending_start)
 attending_end = _compiled(geometry.attending_end)
 bias_index = _compiled(geometry.bias_index)
+
+
+@triton.jit
+def wait_for_table(OVERLAPS: tl.constexpr):
+    """Until the kernel before this one has ended, which makes the table; all programs wait."""
+    if OVERLAPS:
+        gdc_wait()
 
 
 @triton.jit

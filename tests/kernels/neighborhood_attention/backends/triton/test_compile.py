@@ -19,7 +19,7 @@ from neighborhood_attention.backends.triton import (  # noqa: E402
     bias_table,
     fused_backward,
     fused_forward,
-    fused_ring_forward,
+    launch,
     tile_table,
     tiles,
 )
@@ -108,7 +108,8 @@ TUNED = tiles.WINDOWED, tiles.NARROW, tiles.WHOLE_GROUP
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_all_kernels_compile_for_hopper(name, launches, monkeypatch):
-    monkeypatch.setattr(tile_table, "capability", lambda device: "8.6")  # it is in no table
+    # In no table; with TF32, and kernels that overlap.
+    monkeypatch.setattr(tile_table, "capability", lambda device: "10.0")
     spatial, dilation, (head_dim, value_dim), additional, dtype, choice = PROBLEMS[name]
     dims, batch, heads = len(spatial), 2, 4
     key_heads = heads if choice is tiles.WHOLE_GROUP else 2
@@ -140,6 +141,11 @@ def test_all_kernels_compile_for_hopper(name, launches, monkeypatch):
         compiled = compile_launch(kernel, args, kwargs)
         assert ".target sm_90" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= SMALL, kernel.__name__
+        reads_a_table = "table" in kernel.arg_names and kernel.__name__ != "_build_kernel"
+        assert compiled.metadata.launch_pdl == reads_a_table
+        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == reads_a_table
+        tells = "griddepcontrol.launch_dependents" in compiled.asm["ptx"]
+        assert tells == (kernel.__name__ == "_build_kernel")
 
 
 RINGS = {  # spatial, tiles
@@ -169,7 +175,7 @@ def test_the_kernel_with_a_ring_compiles_for_hopper(
     if head_dim > 32:  # more registers
         choice = replace(choice, ring_forward=replace(choice.ring_forward, max_registers=None))
         monkeypatch.setattr(fused_forward, "choose_tiles", lambda problem, window: choice)
-    for module in (bias_table, fused_ring_forward):
+    for module in (bias_table, launch):
         monkeypatch.setattr(module, "can_overlap", lambda device: True)
     fused_forward._prepare.cache_clear()
     window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
