@@ -61,13 +61,12 @@ class WholeGroupGradient:
         rpb: Tensor | None, *tensors: Tensor | None,
     ) -> None:  # fmt: skip
         """`tensors` are query, key, value, the output's gradient, output, lse, lse's gradient."""
-        table = self._table.build(rpb)
-        if grad_rpb is None:
-            self._launch(*tensors, table, grad_query, grad_key, grad_value, None)
-            return
-        sums = torch.empty(self._sums, dtype=torch.float32, device=table.device)
-        self._launch(*tensors, table, grad_query, grad_key, grad_value, sums)
-        self._reduction.fill(grad_rpb, sums)
+        sums = None
+        if grad_rpb is not None:  # before the table: in deterministic mode a kernel fills it
+            sums = torch.empty(self._sums, dtype=torch.float32, device=grad_rpb.device)
+        self._launch(*tensors, self._table.build(rpb), grad_query, grad_key, grad_value, sums)
+        if grad_rpb is not None and sums is not None:
+            self._reduction.fill(grad_rpb, sums)
 
 
 @triton.jit

@@ -59,23 +59,33 @@ def _same(*settings: Any) -> Tiles:
     return Tiles(*[Tile(*settings)] * 4)
 
 
+def _heavy(tile: Any, strip: Any) -> Tiles:
+    """A warp for 16 queries; the bias's gradient, with sums in registers, would spill."""
+    return replace(_same(tile, strip, 1), bias_gradient=Tile(tile, strip, 2, 1))
+
+
 def _large(tile: Any, short: Any, long: Any) -> Tiles:
-    """Of fp32: two warps share 16 queries; the gradients' longer strips need too much memory."""
-    return Tiles(Tile(tile, long, 2), *[Tile(tile, short, 2)] * 3)
+    """Of fp32: two warps share 16 queries; the gradients' longer strips need too much memory.
+
+    The bias's gradient would spill all there is: four warps, without a second stage.
+    """
+    forward, bias_gradient = Tile(tile, long, 2), Tile(tile, long, 4, 1)
+    return replace(_same(tile, short, 2), forward=forward, bias_gradient=bias_gradient)
 
 
 # The others, by the number of axes: measured on an H200 with head dimensions of 32 to 128 and all
-# precisions (benchmarks/NOTES.md). A warp's registers hold 32 queries with light heads, and 16 with
-# heavy ones; of larger heads of 16 bits, four warps take 64 queries from shared memory.
+# precisions (benchmarks/NOTES.md), but for fp32's bias gradient. A warp's registers hold 32 queries
+# with light heads, and 16 with heavy ones; of larger heads of 16 bits, four warps take 64 queries
+# from shared memory.
 LIGHT = {
     1: _same((1, 1, 32), (1, 1, 32), 1),
     2: _same((1, 4, 8), (1, 2, 16), 1),
     3: _same((2, 4, 4), (1, 4, 8), 1),
 }
 HEAVY = {
-    1: _same((1, 1, 16), (1, 1, 32), 1),
-    2: _same((1, 2, 8), (1, 2, 16), 1),
-    3: _same((1, 4, 4), (1, 4, 8), 1),
+    1: _heavy((1, 1, 16), (1, 1, 32)),
+    2: _heavy((1, 2, 8), (1, 2, 16)),
+    3: _heavy((1, 4, 4), (1, 4, 8)),
 }
 LARGE_HALF = {
     1: _same((1, 1, 64), (1, 1, 32), 4),

@@ -4,9 +4,11 @@ import random
 import re
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="Triton is not available on this platform")
 
@@ -30,6 +32,8 @@ from neighborhood_attention.geometry import Neighborhood  # noqa: E402
 HOPPER = GPUTarget("cuda", 90, 32)
 # Shared memory of a block, in bytes: of Hopper, and of the smallest GPUs (compute capability 8.6).
 LARGE, SMALL = 227 * 1024, 99 * 1024
+# Of a thread, in bytes: twice the registers that it has. Far beyond, ptxas gives up and spills all.
+MOST_SPILLED = 2048
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
@@ -94,6 +98,7 @@ PROBLEMS = {  # spatial, dilation, head dimensions, additional keys, dtype
     "light volume": ((8, 14, 14), 1, (64, 64), 0, bf16, tiles.LIGHT[3]),
     "heavy": ((30, 30), 2, (20, 24), 0, fp32, tiles.HEAVY[2]),
     "heavy sequence": ((1000,), 1, (64, 64), 300, fp32, tiles.HEAVY[1]),
+    "heavy volume": ((8, 14, 14), 1, (64, 64), 0, fp32, tiles.HEAVY[3]),
     "large": ((30, 30), 1, (128, 128), 40, fp32, tiles.LARGE_SINGLE[2]),
     "large sequence": ((1000,), 2, (128, 128), 5, fp32, tiles.LARGE_SINGLE[1]),
     "large of 16 bits": ((30, 30), 1, (128, 100), 40, bf16, tiles.LARGE_HALF[2]),
@@ -105,11 +110,8 @@ PROBLEMS = {  # spatial, dilation, head dimensions, additional keys, dtype
 TUNED = tiles.WINDOWED, tiles.NARROW, tiles.WHOLE_GROUP
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_all_kernels_compile_for_hopper(name, launches, monkeypatch):
-    # In no table; with TF32, and kernels that overlap.
-    monkeypatch.setattr(tile_table, "capability", lambda device: "10.0")
+def run_passes(name):
+    """Forward and backward of a problem, in no table; with TF32, and kernels that overlap."""
     spatial, dilation, (head_dim, value_dim), additional, dtype, choice = PROBLEMS[name]
     dims, batch, heads = len(spatial), 2, 4
     key_heads = heads if choice is tiles.WHOLE_GROUP else 2
@@ -124,9 +126,33 @@ def test_all_kernels_compile_for_hopper(name, launches, monkeypatch):
             for d in sizes.values()
         ),
     )
-    assert tiles.choose_tiles(Problem.of(describe(inputs)), window) is choice
-    output, lse = fused_forward.forward(inputs, window, 0.5)
-    fused_backward.backward(output, lse, inputs, output, lse, window, 0.5, inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_table, "capability", lambda device: "10.0")
+        assert tiles.choose_tiles(Problem.of(describe(inputs)), window) is choice
+        output, lse = fused_forward.forward(inputs, window, 0.5)
+        fused_backward.backward(output, lse, inputs, output, lse, window, 0.5, inputs)
+
+
+@pytest.mark.parametrize("name", ["windowed", "whole group", "heavy", "large"])
+def test_no_kernel_comes_between_a_table_and_its_reader(name, launches):
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            launches.append((operation,))
+            return operation(*args, **(kwargs or {}))
+
+    with Recorder():
+        run_passes(name)
+    names = [getattr(function, "__name__", None) for function, *_ in launches]
+    followers = [after for before, after in pairwise(names) if before == "_build_kernel"]
+    assert followers
+    assert all(name.endswith("_kernel") for name in followers), followers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_all_kernels_compile_for_hopper(name, launches, tmp_path):
+    run_passes(name)
+    *_, additional, _, choice = PROBLEMS[name]
     names = [kernel.__name__ for kernel, *_ in launches]
     forward = "_forward_kernel"
     backward = ["_query_gradient_kernel", "_key_gradient_kernel", "_partial_kernel"]
@@ -141,6 +167,7 @@ def test_all_kernels_compile_for_hopper(name, launches, monkeypatch):
         compiled = compile_launch(kernel, args, kwargs)
         assert ".target sm_90" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= SMALL, kernel.__name__
+        assert stack_bytes(compiled, tmp_path) <= MOST_SPILLED, kernel.__name__
         reads_a_table = "table" in kernel.arg_names and kernel.__name__ != "_build_kernel"
         assert compiled.metadata.launch_pdl == reads_a_table
         assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == reads_a_table
@@ -264,6 +291,7 @@ def settings_of(kernel, args, kwargs):
 UNFUSED = {  # spatial, window, dilation, head dimensions, dtype
     "map": ((56, 56), 7, 2, (32, 32), bf16),
     "volume": ((8, 14, 14), 5, 1, (64, 32), fp16),
+    "map in fp32": ((56, 56), 7, 1, (64, 128), fp32),
     "huge heads": ((1000,), 63, 1, (256, 256), fp32),
 }
 
@@ -271,7 +299,8 @@ UNFUSED = {  # spatial, window, dilation, head dimensions, dtype
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNFUSED)
 @pytest.mark.parametrize("backend", ["naive", "gemm"])
-def test_all_unfused_kernels_compile_for_hopper(backend, name, launches):
+def test_all_unfused_kernels_compile_for_hopper(backend, name, launches, monkeypatch):
+    monkeypatch.setattr(tile_table, "capability", lambda device: "9.0")
     spatial, kernel_size, dilation, head_dims, dtype = UNFUSED[name]
     dims = len(spatial)
     window = Neighborhood((kernel_size,) * dims, (1,) * dims, (dilation,) * dims, (False,) * dims)
@@ -292,4 +321,4 @@ def test_all_unfused_kernels_compile_for_hopper(backend, name, launches):
             ("products_kernel", "sums_kernel")
         )
         uses_tensor_cores = "mma" in compiled.asm["ptx"]
-        assert uses_tensor_cores == (multiplies and dtype != fp32), kernel.__name__
+        assert uses_tensor_cores == (multiplies and head_dims != (256, 256)), kernel.__name__
