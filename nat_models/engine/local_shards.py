@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from nat_models.engine.optimization import parameters_of
+
 ELEMENTWISE = (Adam, AdamW, SGD)  # others may look at whole tensors
 
 
@@ -34,7 +36,7 @@ class LocalShards:
         if type(optimizer) not in ELEMENTWISE:
             raise TypeError(f"optimizer={type(optimizer).__name__}: expected one of {ELEMENTWISE}")
         self.optimizer = optimizer
-        self.parameters = _parameters(optimizer)
+        self.parameters = parameters_of(optimizer)
         if not all(isinstance(parameter, DTensor) for parameter in self.parameters):
             raise TypeError("optimizer: expected DTensors as its parameters")
         self.shards = [parameter.to_local().detach() for parameter in self.parameters]
@@ -80,7 +82,7 @@ class LocalShards:
 
     def _hold(self, tensors: Sequence[Any], convert: Callable[[Any, Any], Any]) -> None:
         """Exchange the optimizer's parameters in place, and convert its state to theirs."""
-        new = dict(zip(_parameters(self.optimizer), tensors, strict=True))
+        new = dict(zip(parameters_of(self.optimizer), tensors, strict=True))
         for group in self.optimizer.param_groups:
             group["params"][:] = [new[parameter] for parameter in group["params"]]
         state = self.optimizer.state
@@ -90,10 +92,6 @@ class LocalShards:
         }
         state.clear()
         state.update(converted)
-
-
-def _parameters(optimizer: Optimizer) -> list[Any]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _local(value: Any, shard: Tensor) -> Any:

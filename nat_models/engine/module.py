@@ -21,7 +21,7 @@ from nat_models.engine.building import (
 )
 from nat_models.engine.execution import Execution
 from nat_models.engine.non_finite import clip_or_skip
-from nat_models.engine.optimization import create_optimizer, lay_out_as_weights
+from nat_models.engine.optimization import create_optimizer, lay_out_as_weights, parameters_of
 from nat_models.engine.sharding import shard
 
 Batch = tuple[Tensor, Tensor]
@@ -190,8 +190,7 @@ class Classifier(LightningModule):
         by_value = gradient_clip_algorithm == "value"
         self.gradient_norm = clip_or_skip(optimizer, None if by_value else gradient_clip_val)
         if by_value and gradient_clip_val:
-            parameters = (p for group in optimizer.param_groups for p in group["params"])
-            clip_grad_value_(parameters, gradient_clip_val)
+            clip_grad_value_(parameters_of(optimizer), gradient_clip_val)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step timm's schedules by the number of updates."""

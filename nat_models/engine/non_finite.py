@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from nat_models.engine.delayed import Delayed
 from nat_models.engine.local_shards import LocalShards
+from nat_models.engine.optimization import parameters_of
 from nat_models.errors import RunStopped
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def clip_or_skip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     Returns:
         The norm before clipping, a scalar on the device.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     limit = max_norm or float("inf")
     if shards := LocalShards.of(optimizer):
         norm = shards.clip_gradients(limit)

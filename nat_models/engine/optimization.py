@@ -38,6 +38,11 @@ def create_optimizer(
     return create_optimizer_v2(model, **options)
 
 
+def parameters_of(optimizer: Optimizer) -> list[Any]:
+    """All that an optimizer holds, by its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def lay_out_as_weights(optimizer: Optimizer) -> None:
     """Bring an optimizer's state, which may be from a run with another layout, to its weights' one.
 

@@ -1,15 +1,13 @@
-import os
-import socket
 from copy import deepcopy
-from multiprocessing import get_context
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from two_processes import run_two
 
 from nat_models.engine.local_shards import LocalShards
 from nat_models.engine.non_finite import clip_or_skip
@@ -86,13 +84,6 @@ def train(rank, name):
     ]
 
 
-def process(rank, port, name, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    results.put(train(rank, name))
-    distributed.destroy_process_group()
-
-
 def flat(value):
     """All numbers of nested containers."""
     if isinstance(value, dict):
@@ -103,17 +94,7 @@ def flat(value):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_shards_train_as_the_whole_model(name):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("fork")
-    results = context.Queue()
-    processes = [
-        context.Process(target=process, args=(r, port, name, results), daemon=True) for r in (0, 1)
-    ]
-    for one in processes:
-        one.start()
-    for ours, theirs in [results.get(timeout=60) for _ in processes]:
+    for ours, theirs in run_two(train, name).values():
         assert [norm > 0.01 for norm in theirs["norms"]] == [
             step != SKIPPED for step in range(STEPS)
         ]
@@ -121,8 +102,6 @@ def test_shards_train_as_the_whole_model(name):
             close = pytest.approx(flat(expected), rel=1e-4, abs=1e-6, nan_ok=True)
             assert flat(ours[part]) == close, part
         assert ours["state"].keys() == theirs["state"].keys()
-    for one in processes:
-        one.join(timeout=10)
 
 
 def test_optimizers_that_look_at_whole_tensors_are_refused():

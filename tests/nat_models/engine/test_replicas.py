@@ -1,13 +1,11 @@
-import os
-import socket
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed, nn
+from torch import nn
+from two_processes import run_two
 
 from nat_models.engine.execution import Execution
 from nat_models.engine.replicas import ALIGNMENT, DDP, Average, replays_graphs
@@ -29,32 +27,6 @@ def average_rounds(rank: int):
         starts = [x.storage_offset() % ALIGNMENT for x in means]
         found.append([means[0].stride() == images.stride(), starts, *(x.tolist() for x in means)])
     return found
-
-
-def process(work, rank, port, results):
-    """One of two."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    results.put((rank, work(rank)))
-    distributed.destroy_process_group()
-
-
-def run_two(work):
-    """What two processes return, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("fork")
-    results = context.Queue()
-    processes = [
-        context.Process(target=process, args=(work, rank, port, results)) for rank in (0, 1)
-    ]
-    for one in processes:
-        one.start()
-    both = dict(results.get(timeout=60) for _ in processes)
-    for one in processes:
-        one.join(timeout=10)
-    return both
 
 
 @pytest.mark.slow

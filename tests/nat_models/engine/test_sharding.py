@@ -1,8 +1,6 @@
 import gc
-import os
 import socket
 from functools import partial
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
+from two_processes import free_port, run_two
 
 from nat_models.engine import sharding
 from nat_models.engine.local_shards import LocalShards
@@ -23,11 +22,8 @@ from nat_models.engine.module import Classifier
 @pytest.fixture
 def mesh():
     """Of this process alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+        "gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
     )
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
@@ -213,10 +209,8 @@ class Convolution(LightningModule):
         self.model = nn.Conv2d(3, 4, 2)
 
 
-def load(rank, port, path, results):
+def load(_rank, path):
     """One of two processes: what it has loaded, gathered."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
     module = Convolution()
     sharding.shard(module.model, init_device_mesh("cpu", (2,)))
     strategy = sharding.FSDP2()
@@ -226,8 +220,7 @@ def load(rank, port, path, results):
     weight = module.model.weight
     momentum = strategy.optimizers[0].state[weight]["momentum_buffer"]
     assert momentum.to_local().stride() == weight.to_local().stride()  # fused kernels rely on it
-    results.put([x.full_tensor().tolist() for x in (weight, momentum)])
-    distributed.destroy_process_group()
+    return [x.full_tensor().tolist() for x in (weight, momentum)]
 
 
 @pytest.mark.slow
@@ -238,17 +231,9 @@ def test_what_was_saved_in_channels_last_is_loaded_in_its_order(tmp_path):
     optimizer.step()
     saved = {"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}
     torch.save(saved, tmp_path / "it.ckpt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("fork")
-    results = context.Queue()
-    for rank in (0, 1):
-        arguments = (rank, port, tmp_path / "it.ckpt", results)
-        context.Process(target=load, args=arguments, daemon=True).start()
     momentum = optimizer.state[module.model.weight]["momentum_buffer"]
     expected = [module.model.weight.tolist(), momentum.tolist()]
-    assert [results.get(timeout=60) for _ in (0, 1)] == [expected] * 2
+    assert run_two(load, tmp_path / "it.ckpt") == {0: expected, 1: expected}
 
 
 @pytest.mark.usefixtures("_alone")
