@@ -59,9 +59,10 @@ def _same(*settings: Any) -> Tiles:
     return Tiles(*[Tile(*settings)] * 4)
 
 
-def _heavy(tile: Any, strip: Any) -> Tiles:
+def _heavy(tile: Any, strip: Any, gradient_warps: int = 1) -> Tiles:
     """A warp for 16 queries; the bias's gradient, with sums in registers, would spill."""
-    return replace(_same(tile, strip, 1), bias_gradient=Tile(tile, strip, 2, 1))
+    forward, bias_gradient = Tile(tile, strip, 1), Tile(tile, strip, 2, 1)
+    return replace(_same(tile, strip, gradient_warps), forward=forward, bias_gradient=bias_gradient)
 
 
 def _large(tile: Any, short: Any, long: Any) -> Tiles:
@@ -86,6 +87,12 @@ HEAVY = {
     1: _heavy((1, 1, 16), (1, 1, 32)),
     2: _heavy((1, 2, 8), (1, 2, 16)),
     3: _heavy((1, 4, 4), (1, 4, 8)),
+}
+# Four parts of 64 channels: the gradients of one warp would spill.
+HEAVIEST = {
+    1: _heavy((1, 1, 16), (1, 1, 32), 2),
+    2: _heavy((1, 2, 8), (1, 2, 16), 2),
+    3: _heavy((1, 4, 4), (1, 4, 8), 2),
 }
 LARGE_HALF = {
     1: _same((1, 1, 64), (1, 1, 32), 4),
@@ -144,7 +151,8 @@ def tiles_by_rule(problem: "Problem", window: Neighborhood) -> Tiles:
         return (LARGE_HALF if is_half else LARGE_SINGLE)[window.dims]
     # Three products take each factor in two parts.
     parts = 1 if is_half else 4 if problem.precision == "tf32x3" else 2
-    return (LIGHT if head_dim * parts <= 64 else HEAVY)[window.dims]
+    weight = head_dim * parts
+    return (LIGHT if weight <= 64 else HEAVY if weight <= 128 else HEAVIEST)[window.dims]
 
 
 @dataclass(frozen=True)

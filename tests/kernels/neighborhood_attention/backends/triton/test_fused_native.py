@@ -98,6 +98,7 @@ CONFIGURATIONS = {
     "WHOLE_GROUP": (32, 32),
     "LIGHT": (64, 16),
     "HEAVY": (None, 64),
+    "HEAVIEST": (None, 64),
     "LARGE_HALF": (128, None),
     "LARGE_SINGLE": (None, 128),
     "HUGE": (256, 256),

@@ -14,6 +14,7 @@ from neighborhood_attention.backends.triton.launch import Problem, describe
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tile_table import Key
 from neighborhood_attention.backends.triton.tiles import (
+    HEAVIEST,
     HEAVY,
     HUGE,
     LARGE_HALF,
@@ -164,12 +165,15 @@ def test_the_tiles_follow_the_axes_the_head_and_the_dilation_group(
 def test_three_products_make_heads_heavier(head_dim, is_tf32, capability, tf32):
     capability("8.6")
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
-    light, other = (
-        torch.empty(1, 99, 2, n * head_dim, dtype=torch.float32, device="meta") for n in (1, 2)
+    light, other, heaviest = (
+        torch.empty(1, 99, 2, n * head_dim, dtype=torch.float32, device="meta") for n in (1, 2, 4)
     )
     window = Neighborhood((7,), (1,), (1,), (False,))
     assert tiles_by_rule(Problem.of(describe(Inputs(light, light, light))), window) is LIGHT[1]
     assert tiles_by_rule(Problem.of(describe(Inputs(other, other, other))), window) is HEAVY[1]
+    expected = LARGE_SINGLE[1] if is_tf32 else HEAVIEST[1]
+    problem = Problem.of(describe(Inputs(heaviest, heaviest, heaviest)))
+    assert tiles_by_rule(problem, window) is expected
 
 
 def test_the_larger_of_both_head_dimensions_decides():
