@@ -261,7 +261,8 @@ def time_steps(case: Record, folder: Path) -> Record:
     clock = Clock(case["rounds"], case["round_steps"])
     trainer = make_trainer(cfg)
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    module.run_by(choose_execution(cfg, trainer, case["batch"], is_long=True))
+    execution = choose_execution(cfg, trainer, module.model, case["batch"], is_long=True)
+    module.run_by(execution)
     shape = (case["batch"], 3, case["size"], case["size"])
     trainer.fit(module, DeviceBatches(trainer, shape, module.num_classes, clock.steps))
     images = case["round_steps"] * case["batch"] * case["gpus"]
@@ -269,7 +270,7 @@ def time_steps(case: Record, folder: Path) -> Record:
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
         "arithmetic": str(trainer.precision),
-        "execution": str(module.execution),
+        "execution": str(execution),
         "round_images": images,
         "round_seconds": clock.seconds,
         "images_per_second": images / statistics.median(clock.seconds),

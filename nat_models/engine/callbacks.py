@@ -28,10 +28,10 @@ class ProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Metrics at the end of the bar, new ones each second: for them the host has to wait."""
+        """Loss at the end of the bar, a new one each second: for it the host has to wait."""
         if time.monotonic() >= self._next:
-            self._shown = super().get_metrics(trainer, pl_module)
-            self._shown.pop("v_num", None)  # the loggers' number
+            loss = trainer.callback_metrics.get("train/loss")
+            self._shown = {} if loss is None else {"train/loss": float(loss)}
             self._next = time.monotonic() + 1
         return self._shown
 

@@ -58,7 +58,8 @@ def evaluate(cfg: DictConfig) -> Any:
         trainer = make_trainer(cfg)
         trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
         size = data.settings.batch_size
-        module.run_by(choose_execution(cfg, trainer, size, evaluates_long(trainer, data)))
+        is_long = evaluates_long(trainer, data)
+        module.run_by(choose_execution(cfg, trainer, module.model, size, is_long))
     for name, value in facts.describe(trainer, module, data).items():
         _log.info("%-10s %s", name, value)
     name = cfg.ckpt or given["name"]

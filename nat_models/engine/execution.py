@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from nat_models.data import ImageDataModule
+from nat_models.engine.sharding import separate_blocks
 
 GRAPHS = "reduce-overhead"  # torch.compile's name for replaying CUDA graphs
 MODES = ("auto", False, "default", GRAPHS)
@@ -22,7 +23,8 @@ class Execution:
     """Runs a model; as it is by default.
 
     Attributes:
-        channels_last: Whether weights and images lie in memory with the channels innermost.
+        channels_last: Whether images, and so all maps, lie in memory with the channels innermost.
+        contiguous_weights: Whether the weights do not: FSDP2 takes no others.
         mode: Of `torch.compile`: "default" or "reduce-overhead"; None: not compiled.
         batch_size: Images of the batches that compiled code is made for; others run eagerly.
     """
@@ -30,10 +32,11 @@ class Execution:
     channels_last: bool = False
     mode: str | None = None
     batch_size: int = 0
+    contiguous_weights: bool = False
 
     def prepare(self, model: nn.Module) -> None:
         """Lay out and compile in place: the names of the weights stay."""
-        if self.channels_last:
+        if self.channels_last and not self.contiguous_weights:
             model.to(memory_format=torch.channels_last)
         if self.mode is not None:
             # DDP would have a CUDA graph for each of its buckets.
@@ -59,13 +62,14 @@ class Execution:
 
 
 def choose_execution(
-    cfg: DictConfig, trainer: Trainer, batch_size: int, is_long: bool
+    cfg: DictConfig, trainer: Trainer, model: nn.Module, batch_size: int, is_long: bool
 ) -> Execution:
     """What `channels_last` and `compile` of a configuration mean for a trainer.
 
     Args:
         cfg: Composed from configs/train.yaml or configs/eval.yaml.
         trainer: Tells device, strategy, and accumulated batches.
+        model: To be run, not sharded yet.
         batch_size: Images of a whole batch.
         is_long: Whether compiling takes less time than it saves.
 
@@ -77,10 +81,8 @@ def choose_execution(
     layout = cfg.channels_last
     if layout not in ("auto", True, False):
         raise ValueError(f"channels_last={layout}: expected auto, true or false")
-    if layout is True and is_sharded:
-        raise ValueError("channels_last=true: trainer.strategy=fsdp2 takes contiguous weights only")
     if layout == "auto":
-        layout = on_gpu and not is_sharded
+        layout = on_gpu
     mode = cfg.compile
     if mode not in MODES:
         raise ValueError(f"compile={mode}: expected auto, false, default or {GRAPHS}")
@@ -90,14 +92,15 @@ def choose_execution(
             f"{trainer.accumulate_grad_batches} batches; expected compile=default"
         )
     if mode == "auto":
-        mode = _mode(cfg, trainer, is_sharded) if on_gpu and is_long else False
-    return Execution(layout, mode or None, batch_size)
+        in_pieces = is_sharded and separate_blocks(model)
+        mode = _mode(cfg, trainer, bool(in_pieces)) if on_gpu and is_long else False
+    return Execution(layout, mode or None, batch_size, contiguous_weights=is_sharded)
 
 
-def _mode(cfg: DictConfig, trainer: Trainer, is_sharded: bool) -> str:
+def _mode(cfg: DictConfig, trainer: Trainer, in_pieces: bool) -> str:
     """CUDA graphs for a whole model, if their memory has to last no longer than a step."""
     recomputes = "task" in cfg and cfg.task.grad_checkpointing
-    sound = not is_sharded and trainer.accumulate_grad_batches == 1 and not recomputes
+    sound = not in_pieces and trainer.accumulate_grad_batches == 1 and not recomputes
     return GRAPHS if sound else "default"
 
 

@@ -99,7 +99,7 @@ class Classifier(LightningModule):
         """Mean loss; targets are class indices [B] or, after mixup, probabilities [B, classes]."""
         images, targets = batch
         loss = self.loss(images, self(images), targets)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)  # not to the bar: Lightning would read it at each step
         return loss
 
     def loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def train(cfg: DictConfig) -> float:
         if resumed:
             resumed.check_same_pace(data.pace(trainer))
         size = data.settings.batch_size
-        module.run_by(choose_execution(cfg, trainer, size, trains_long(trainer, data)))
+        is_long = trains_long(trainer, data)
+        module.run_by(choose_execution(cfg, trainer, module.model, size, is_long))
         claim(output, resuming=resumed is not None)
     with log_to_file(output / "train.log"), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)

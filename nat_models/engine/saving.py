@@ -86,7 +86,9 @@ class StopOnSignal(Checkpoint):  # as such after those listed before it: a reque
     def _stop_if_told(self, trainer: Trainer) -> None:
         told: Any = self._told
         if trainer.world_size > 1:
-            wish = torch.tensor(told, dtype=torch.int32, device=trainer.strategy.root_device)
+            # Filled there: a copy to the device would wait for all its work.
+            device = trainer.strategy.root_device
+            wish = torch.full((), int(told), dtype=torch.int32, device=device)
             torch.distributed.all_reduce(wish)
             told, _ = self._agreed.exchange(wish) or (0, None)
         trainer._signal_connector.received_sigterm = bool(told)

@@ -100,8 +100,8 @@ def test_the_bar_does_not_wait_for_the_device_at_each_step(monkeypatch):
 
     class Watched(Trainer):
         @property
-        def progress_bar_metrics(self):
-            asked.append(super().progress_bar_metrics)
+        def callback_metrics(self):
+            asked.append(super().callback_metrics)
             return asked[-1]
 
     trainer = Watched(
@@ -110,6 +110,22 @@ def test_the_bar_does_not_wait_for_the_device_at_each_step(monkeypatch):
     )  # fmt: skip
     trainer.fit(Mean(), DataLoader(torch.arange(100.0), batch_size=1))
     assert 1 <= len(asked) < 10
+
+
+def test_the_bar_shows_the_loss():
+    class Logged(Mean):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", loss)
+            return loss
+
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Logged()
+    trainer.fit(module, DataLoader(torch.arange(4.0), batch_size=1))
+    assert ProgressBar().get_metrics(trainer, module) == {"train/loss": 3.0}
 
 
 def test_accuracy_is_in_percent():

@@ -6,10 +6,12 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from timm import create_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nat_models.data import ImageDataModule
+from nat_models.engine import sharding
 from nat_models.engine.execution import (
     Execution,
     choose_execution,
@@ -42,7 +44,7 @@ def on(kind: str, batches: int = 1) -> SimpleNamespace:
         ("cuda", 4, [], True, True, "default"),
         ("cuda", 1, ["task.grad_checkpointing=true"], True, True, "default"),
         ("ddp", 1, [], True, True, "reduce-overhead"),
-        ("fsdp2", 1, [], True, False, "default"),
+        ("fsdp2", 1, [], True, True, "reduce-overhead"),
         ("cuda", 1, ["compile=false", "channels_last=false"], True, False, None),
         ("cpu", 1, ["compile=default", "channels_last=true"], False, True, "default"),
         ("ddp", 1, ["compile=reduce-overhead"], False, True, "reduce-overhead"),
@@ -53,15 +55,22 @@ def test_auto_follows_device_processes_and_length(
     compose, kind, batches, overrides, is_long, channels_last, mode
 ):
     cfg = compose("train", *overrides)
-    chosen = choose_execution(cfg, on(kind, batches), 128, is_long)
-    assert chosen == Execution(channels_last, mode, batch_size=128)
+    chosen = choose_execution(cfg, on(kind, batches), nn.Identity(), 128, is_long)
+    assert chosen == Execution(channels_last, mode, 128, contiguous_weights=kind == "fsdp2")
+
+
+def test_what_is_gathered_block_by_block_is_compiled_in_pieces(compose, monkeypatch):
+    monkeypatch.setattr(sharding, "MAX_AT_ONCE", 0)
+    model = create_model("test_vit")
+    for kind, mode in (("fsdp2", "default"), ("ddp", "reduce-overhead")):
+        assert choose_execution(compose("train"), on(kind), model, 128, True).mode == mode
 
 
 def test_evaluation_is_chosen_the_same_way(compose):
-    chosen = choose_execution(compose("eval"), on("cuda"), 128, is_long=True)
+    chosen = choose_execution(compose("eval"), on("cuda"), nn.Identity(), 128, is_long=True)
     assert chosen == Execution(True, "reduce-overhead", batch_size=128)
     assert str(chosen) == "compiled, mode reduce-overhead, channels_last"
-    chosen = choose_execution(compose("eval"), on("cpu"), 128, True)
+    chosen = choose_execution(compose("eval"), on("cpu"), nn.Identity(), 128, True)
     assert chosen == Execution(batch_size=128)
 
 
@@ -78,13 +87,13 @@ def test_ddp_does_not_cut_what_is_replayed():
         ("cpu", "compile=true", "compile=True: expected auto, false, default or reduce-overhead"),
         ("cpu", "channels_last=yes", "channels_last=yes: expected auto, true or false"),
         ("cuda", "compile=reduce-overhead", "overwrites gradients, and a step takes 2 batches"),
-        ("fsdp2", "channels_last=true", r"trainer\.strategy=fsdp2 takes contiguous weights"),
     ],
-    ids=["compile", "channels_last", "accumulating", "fsdp2"],
+    ids=["compile", "channels_last", "accumulating"],
 )
 def test_what_cannot_be_is_named(compose, kind, override, message):
+    trainer = on(kind, batches=2)
     with pytest.raises(ValueError, match=message):
-        choose_execution(compose("train", override), on(kind, batches=2), 128, True)
+        choose_execution(compose("train", override), trainer, nn.Identity(), 128, True)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +135,18 @@ def test_code_is_compiled_for_whole_batches_alone():
     assert sizes == [4]
 
 
-def test_weights_and_images_lie_with_their_channels_innermost():
-    model, execution = nn.Conv2d(3, 4, 3), Execution(channels_last=True)
+@pytest.mark.parametrize("contiguous_weights", [False, True], ids=str)
+def test_weights_and_images_lie_with_their_channels_innermost(contiguous_weights):
+    model = nn.Conv2d(3, 4, 3)
+    execution = Execution(channels_last=True, contiguous_weights=contiguous_weights)
     seen = []
     model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     execution.prepare(model)
     execution(model, torch.randn(2, 3, 4, 4))
-    for tensor in (model.weight, *seen):
-        assert tensor.is_contiguous(memory_format=torch.channels_last)
+    (images,) = seen
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last) != contiguous_weights
+    assert model.weight.is_contiguous() == contiguous_weights
 
 
 @pytest.mark.slow

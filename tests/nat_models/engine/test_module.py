@@ -2,11 +2,14 @@ import math
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from nat_models.engine.callbacks import History
 from nat_models.engine.execution import Execution
 from nat_models.engine.module import Classifier
+from nat_models.engine.non_finite import NonFiniteSteps
+from nat_models.engine.saving import StopOnSignal
 
 
 def classifier(**arguments) -> Classifier:
@@ -74,6 +77,38 @@ def test_schedule_warms_up_then_falls_to_its_minimum_every_step():
     cosine = 1e-4 + 0.5 * (1e-2 - 1e-4) * (1 + torch.cos(math.pi * steps / 12))
     expected = torch.where(steps < 4, steps / 4 * 1e-2, torch.where(steps < 12, cosine, 1e-4))
     torch.testing.assert_close(torch.tensor(rates), expected.float())
+
+
+def test_nothing_asks_for_the_loss_at_each_step():
+    fitted = trainer(max_epochs=1)
+    fitted.fit(classifier(optimizer={"opt": "sgd", "lr": 0.1}), loader(torch.arange(4)))
+    assert "train/loss" in fitted.callback_metrics
+    assert not fitted.progress_bar_metrics  # Lightning reads these after every batch
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_no_step_waits_for_the_gpu(tmp_path):
+    class Strict(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                torch.cuda.set_sync_debug_mode("error")
+
+        def teardown(self, trainer, pl_module, stage):
+            torch.cuda.set_sync_debug_mode("default")
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            torch.cuda.set_sync_debug_mode("default")
+
+    callbacks = [History(), NonFiniteSteps(3, str(tmp_path)), StopOnSignal(), Strict()]
+    fitted = Trainer(
+        accelerator="gpu", devices=1, precision="bf16-mixed", max_epochs=1, callbacks=callbacks,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    batch = torch.randn(4, 3, 32, 32, device="cuda"), torch.arange(4, device="cuda")
+    fitted.fit(classifier(optimizer={"opt": "adamw", "lr": 1e-3}), [batch] * 6)
+    assert fitted.global_step == 6
 
 
 def test_biases_and_norms_are_not_decayed():

@@ -1,11 +1,12 @@
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 from nat_models.engine.saving import LastCheckpoint, StopOnSignal
@@ -39,6 +40,29 @@ def fit(tmp_path, signals: dict[int, int], **options) -> Trainer:
 
 def saved(tmp_path) -> list[int]:
     return sorted(int(path.stem.partition("=")[2]) for path in tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_to_agree_no_process_waits_for_its_gpu():
+    device = torch.device("cuda", 0)
+    trainer = SimpleNamespace(
+        world_size=2,  # as far as it is asked: the group is of one
+        strategy=SimpleNamespace(root_device=device),
+        _signal_connector=SimpleNamespace(received_sigterm=False),
+    )
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        told = StopOnSignal()
+        told._stop_if_told(trainer)  # starts NCCL
+        told._on_signal(signal.SIGTERM, None)
+        torch.cuda.set_sync_debug_mode("error")
+        told._stop_if_told(trainer)
+        told._stop_if_told(trainer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        distributed.destroy_process_group()
+    assert trainer._signal_connector.received_sigterm
 
 
 def test_saves_every_so_many_steps_and_at_the_end(tmp_path):
