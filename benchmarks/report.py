@@ -83,7 +83,7 @@ def scaling(result: Result) -> str:
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo.json", demo),
     "kernels": ("kernels-h200.json", kernels),
-    "models": ("models-h100.json", models),
+    "models": ("models-h200.json", models),
     "scaling": ("scaling-h200.json", scaling),
 }
 

@@ -74,13 +74,18 @@ def speeds(result: Record) -> dict[tuple[str, str], dict[int, float]]:
 
 
 def gap(result: Record, record: Record) -> float | None:
-    """Largest difference of a run's losses from those of one GPU in one piece, if there are any."""
+    """Largest difference of a run's losses from those of one GPU in one piece, if there are any.
+
+    That of the same options, else that of the defaults.
+    """
     whole = {"part": "loss", "gpus": 1, "strategy": "auto", "micro_batches": 1}
     wanted = {k: v for k, v in {**record["case"], **whole}.items() if k != "onto"}
-    alone = next((r["losses"] for r in result["results"] if r["case"] == wanted), None)
-    if alone is None:
-        return None
-    return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
+    for options in (wanted["set"], []):
+        for alone in result["results"]:
+            if alone["case"] == {**wanted, "set": options}:
+                pairs = ((alone["losses"][step], loss) for step, loss in record["losses"].items())
+                return max(abs(one - other) for one, other in pairs)
+    return None
 
 
 def _loss_row(result: Record, record: Record) -> list[object]:
@@ -90,6 +95,7 @@ def _loss_row(result: Record, record: Record) -> list[object]:
         name = f"fsdp2, continued on {case['onto']}"
     elif case["gpus"] == 1:
         name = f"one GPU, {case['micro_batches']} micro-batches"
+    name = ", ".join([name, *case["set"]])
     last = losses[max(losses, key=int)]
     found = gap(result, record)
     difference = "-" if found is None else f"{found:.1e}"

@@ -59,4 +59,5 @@ def attention_kernels() -> set[str]:
     package = "neighborhood_attention.backends.triton"
     modules: list[Any] = [module for name, module in sys.modules.items() if package in name]
     functions = [value for module in modules for value in vars(module).values()]
-    return {f.__name__ for f in functions if type(f).__name__ == "JITFunction"}
+    # Gluon's are a subclass of Triton's.
+    return {f.__name__ for f in functions if "JITFunction" in (c.__name__ for c in type(f).__mro__)}

@@ -15,7 +15,7 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
 def test_the_picture_in_the_readme_is_of_the_results():
     with Image.open(report.PICTURE) as picture:
         source = picture.text["Source"]
-    assert source == report.digest(report.RESULTS / "models-h100.json"), "run make report"
+    assert source == report.digest(report.RESULTS / report.BLOCKS["models"][0]), "run make report"
     assert f"({report.PICTURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
 
 

@@ -34,6 +34,18 @@ def test_the_tables_tell_ratios_and_differences(result):
     assert "| fsdp2, continued on 2 | 4 | 32-true | 1 | 1.5030 | 3.0e-03 |" in tables
 
 
+def test_other_options_are_compared_with_the_defaults(result):
+    compiled = {"set": ["compile=default"]}
+    [ddp] = [r for r in result["results"] if r["case"]["part"] == "loss" and r["case"]["gpus"] > 1]
+    other = {"case": ddp["case"] | compiled, "losses": {"0": 2.001, "1": 1.5}}
+    result["results"].append(other)
+    row = "| ddp, compile=default | 2 | 32-true | 2 | 1.5000 | {} |"
+    assert row.format("1.0e-03") in scaling_report.tables(result)
+    alone = {**other["case"], "gpus": 1, "strategy": "auto"}
+    result["results"].append({"case": alone, "losses": {"0": 2.0005, "1": 1.5}})
+    assert row.format("5.0e-04") in scaling_report.tables(result)
+
+
 def test_without_one_gpu_there_is_no_difference(result):
     several = [r for r in result["results"] if r["case"]["gpus"] > 1]
     tables = scaling_report.tables({**result, "results": several})

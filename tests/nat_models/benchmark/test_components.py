@@ -10,6 +10,7 @@ from neighborhood_attention.backends.triton import fused  # noqa: F401 (its kern
     [
         ("_forward_kernel", "attention"),
         ("_query_gradient_kernel_0", "attention"),
+        ("_ring_forward_kernel", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
         ("triton_tem_fused_flex_attention_3", "attention"),
