@@ -86,22 +86,24 @@ def choose_execution(
     mode = cfg.compile
     if mode not in MODES:
         raise ValueError(f"compile={mode}: expected auto, false, default or {GRAPHS}")
-    if mode == GRAPHS and trainer.accumulate_grad_batches > 1:
-        raise ValueError(
-            f"compile={mode}: the next batch's CUDA graph overwrites gradients, and a step takes "
-            f"{trainer.accumulate_grad_batches} batches; expected compile=default"
-        )
+    objection = _objection_to_graphs(trainer, is_sharded and bool(separate_blocks(model)))
+    if mode == GRAPHS and objection:
+        raise ValueError(f"compile={mode}: {objection}; expected compile=default")
     if mode == "auto":
-        in_pieces = is_sharded and separate_blocks(model)
-        mode = _mode(cfg, trainer, bool(in_pieces)) if on_gpu and is_long else False
+        recomputes = "task" in cfg and cfg.task.grad_checkpointing
+        whole = "default" if objection or recomputes else GRAPHS
+        mode = whole if on_gpu and is_long else False
     return Execution(layout, mode or None, batch_size, contiguous_weights=is_sharded)
 
 
-def _mode(cfg: DictConfig, trainer: Trainer, in_pieces: bool) -> str:
-    """CUDA graphs for a whole model, if their memory has to last no longer than a step."""
-    recomputes = "task" in cfg and cfg.task.grad_checkpointing
-    sound = not in_pieces and trainer.accumulate_grad_batches == 1 and not recomputes
-    return GRAPHS if sound else "default"
+def _objection_to_graphs(trainer: Trainer, in_pieces: bool) -> str | None:
+    """Why steps cannot be replayed as CUDA graphs; None if they can."""
+    if trainer.accumulate_grad_batches > 1:
+        count = trainer.accumulate_grad_batches
+        return f"the next batch's CUDA graph overwrites gradients, and a step takes {count} batches"
+    if in_pieces:
+        return "trainer.strategy=fsdp2 gathers so large a model block by block, at new addresses"
+    return None
 
 
 def trains_long(trainer: Trainer, data: ImageDataModule) -> bool:

@@ -59,6 +59,7 @@ class StopOnSignal(Checkpoint):  # as such after those listed before it: a reque
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over; the trainer puts the former handlers back."""
         self._told = self._requeue = False
+        self._agreed = Delayed()
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         for number in (signal.SIGTERM, *WARNINGS):
             trainer._signal_connector._register_signal(number, self._on_signal)

@@ -64,6 +64,9 @@ def test_what_is_gathered_block_by_block_is_compiled_in_pieces(compose, monkeypa
     model = create_model("test_vit")
     for kind, mode in (("fsdp2", "default"), ("ddp", "reduce-overhead")):
         assert choose_execution(compose("train"), on(kind), model, 128, True).mode == mode
+    cfg = compose("train", "compile=reduce-overhead")
+    with pytest.raises(ValueError, match=r"compile=reduce-overhead: .*block by block"):
+        choose_execution(cfg, on("fsdp2"), model, 128, True)
 
 
 def test_evaluation_is_chosen_the_same_way(compose):

@@ -90,24 +90,22 @@ def test_nothing_asks_for_the_loss_at_each_step():
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_step_waits_for_the_gpu(tmp_path):
     class Strict(Callback):
+        """From the start of the third step to the end of the fifth."""
+
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx == 2:
-                torch.cuda.set_sync_debug_mode("error")
+            torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx < 5 else "default")
 
-        def teardown(self, trainer, pl_module, stage):
-            torch.cuda.set_sync_debug_mode("default")
-
-        def on_train_epoch_end(self, trainer, pl_module):
-            torch.cuda.set_sync_debug_mode("default")
-
-    callbacks = [History(), NonFiniteSteps(3, str(tmp_path)), StopOnSignal(), Strict()]
+    callbacks = [Strict(), History(), NonFiniteSteps(3, str(tmp_path)), StopOnSignal()]
     fitted = Trainer(
         accelerator="gpu", devices=1, precision="bf16-mixed", max_epochs=1, callbacks=callbacks,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     batch = torch.randn(4, 3, 32, 32, device="cuda"), torch.arange(4, device="cuda")
-    fitted.fit(classifier(optimizer={"opt": "adamw", "lr": 1e-3}), [batch] * 6)
+    module = classifier(optimizer={"opt": "adamw", "lr": 1e-3})
+    try:
+        fitted.fit(module, DataLoader([batch] * 6, batch_size=None))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert fitted.global_step == 6
 
 
