@@ -5,6 +5,8 @@
 throughput  weak scaling: images a second of DDP and FSDP2 against one GPU, on random images that
             lie on the device; bf16, compiled and replayed as train.py does it, the recipe's
             optimizer and clipping
+loader      the same on one GPU, fed by the recipe's loader: scikit-learn's digits, enlarged and
+            augmented, by as many processes as there are cores
 loss        50 steps on scikit-learn's digits with one global batch, no drop path, no augmentation,
             no mixup: one GPU, one GPU in as many micro-batches as there are GPUs (which differs by
             the order of additions alone), DDP, FSDP2; in fp32 without TF32, and in bf16
@@ -17,6 +19,7 @@ CPU (gloo). It needs the project's dependencies and scikit-learn.
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -42,15 +45,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from measuring import Record, Results, today
 from omegaconf import DictConfig
+from torch.utils.data import ConcatDataset
 
 from nat_models.cli import config_dir
+from nat_models.data import ImageDataModule
 from nat_models.engine import run
 from nat_models.engine.console import set_up_logging
 from nat_models.engine.execution import choose_execution
-from nat_models.engine.setup import make_trainer, plain, set_up_torch
+from nat_models.engine.module import Classifier
+from nat_models.engine.setup import make_data, make_trainer, plain, set_up_torch
 from neighborhood_attention.tune.records import Deadline
 
-PARTS = ("throughput", "loss", "resume")
+PARTS = ("throughput", "loader", "loss", "resume")
 STRATEGIES = ("ddp", "fsdp2")
 EPOCHS = 5  # of the losses; a run to be resumed is told to stop within the fourth
 COMMON = ["logger=none", "callbacks.progress=null", "callbacks.learning_rate=null"]
@@ -124,28 +130,28 @@ def cases(arguments: argparse.Namespace) -> list[Record]:
     several = [gpus for gpus in arguments.gpus if gpus > 1]
     common = {"size": arguments.size, "set": arguments.overrides}
     wanted: list[Record] = []
-    if "throughput" in arguments.parts:
-        ways = [(1, "auto"), *((n, strategy) for n in several for strategy in arguments.strategies)]
-        length = {"batch": arguments.batch, "rounds": arguments.rounds}
-        length["round_steps"] = arguments.round_steps
-        wanted += [
-            {"part": "throughput", "model": model, "gpus": n, "strategy": strategy, "turn": turn}
-            | length
-            | common
-            for turn in range(arguments.repeats)
-            for model in arguments.models
-            for n, strategy in ways
-        ]
+    ways = [(1, "auto"), *((n, strategy) for n in several for strategy in arguments.strategies)]
+    timed = [("throughput", *way) for way in ways] + [("loader", 1, "auto")]
+    length = {"batch": arguments.batch, "rounds": arguments.rounds}
+    length["round_steps"] = arguments.round_steps
+    wanted += [
+        {"part": part, "model": model, "gpus": n, "strategy": strategy, "turn": turn}
+        | length
+        | common
+        for turn in range(arguments.repeats)
+        for model in arguments.models
+        for part, n, strategy in timed
+        if part in arguments.parts
+    ]
     steps = {"global_batch": arguments.global_batch, "steps": arguments.steps, **common}
     if {"loss", "resume"} & set(arguments.parts):  # a resumed run is compared with a whole one
-        ways = [(1, "auto", 1)]
-        ways += [(n, strategy, 1) for n in several for strategy in arguments.strategies]
-        ways += [(1, "auto", n) for n in several]
+        runs = [(n, strategy, 1) for n, strategy in ways]
+        runs += [(1, "auto", n) for n in several]
         wanted += [
             {"part": "loss", "gpus": n, "strategy": strategy, "micro_batches": micro}
             | {"precision": precision, **steps}
             for precision in arguments.precisions
-            for n, strategy, micro in ways
+            for n, strategy, micro in runs
         ]
     if "resume" in arguments.parts:
         wanted += [
@@ -164,7 +170,7 @@ def measure(case: Record, seconds: float) -> Record:
     """
     folder = Path(tempfile.mkdtemp())
     try:
-        if case["part"] == "throughput":
+        if case["part"] in ("throughput", "loader"):
             return launch(time_steps, case, folder, seconds)
         first = launch(note_losses, case, folder, seconds)
         if case["part"] == "loss":
@@ -243,7 +249,7 @@ def time_steps(case: Record, folder: Path) -> Record:
         case,
         folder,
         f"experiment={case['model']}_in1k",
-        "data=fake",
+        *loader_options(case),
         "model.num_classes=1000",
         "global_batch_size=null",
         "callbacks.best=null",
@@ -252,6 +258,7 @@ def time_steps(case: Record, folder: Path) -> Record:
         "callbacks.history=null",
         "scheduler.warmup_epochs=0",
         "trainer.max_epochs=1",
+        f"data.batch_size={case['batch']}",
     )
     set_up_torch(cfg)
     module = instantiate(
@@ -263,8 +270,12 @@ def time_steps(case: Record, folder: Path) -> Record:
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     execution = choose_execution(cfg, trainer, module.model, case["batch"], is_long=True)
     module.run_by(execution)
-    shape = (case["batch"], 3, case["size"], case["size"])
-    trainer.fit(module, DeviceBatches(trainer, shape, module.num_classes, clock.steps))
+    if case["part"] == "loader":
+        batches: Any = repeated_images(cfg, module, clock.steps * case["batch"])
+    else:
+        shape = (case["batch"], 3, case["size"], case["size"])
+        batches = DeviceBatches(trainer, shape, module.num_classes, clock.steps)
+    trainer.fit(module, batches)
     images = case["round_steps"] * case["batch"] * case["gpus"]
     device = trainer.strategy.root_device
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -277,6 +288,29 @@ def time_steps(case: Record, folder: Path) -> Record:
         "first_step_seconds": clock.first,
         "peak_memory_gib": peak,
     }
+
+
+def loader_options(case: Record) -> list[str]:
+    """Values of the configuration of the data; what lies on the device needs none."""
+    if case["part"] != "loader":
+        return ["data=fake"]
+    return [
+        "data=digits",
+        f"data.input_size=[3,{case['size']},{case['size']}]",
+        f"data.num_workers={len(os.sched_getaffinity(0))}",
+        f"trainer.limit_train_batches={(case['rounds'] + 1) * case['round_steps']}",
+        "trainer.limit_val_batches=0",
+    ]
+
+
+def repeated_images(cfg: DictConfig, module: Classifier, count: int) -> ImageDataModule:
+    """The run's own data, its images again and again until there are so many."""
+    data = make_data(cfg)
+    data.open(training=True)
+    data.follow(module.model)
+    images = data.sources["train"]
+    data.sources["train"] = ConcatDataset([images] * math.ceil(count / data.sizes["train"]))
+    return data
 
 
 class DeviceBatches:

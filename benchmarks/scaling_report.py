@@ -12,7 +12,7 @@ def tables(result: Record) -> str:
     parts = [f"{result['device']}, torch {versions['torch']}, NCCL {result['nccl']}"]
     if table := throughput(result):
         parts.append(table)
-    rows = [_loss_row(result, r) for r in result["results"] if r["case"]["part"] != "throughput"]
+    rows = [_loss_row(result, r) for r in result["results"] if "losses" in r]
     if rows:
         head = ["run", "GPUs", "precision", "steps", "last loss", "largest difference"]
         parts.append(markdown_table(head, rows))
@@ -21,13 +21,18 @@ def tables(result: Record) -> str:
 
 def throughput(result: Record) -> str:
     """Images a second of all ways to train, beside one GPU; Markdown, empty if none is measured."""
-    found = speeds(result)
+    found, loaded = speeds(result), speeds(result, "loader")
     rows = []
     for (model, strategy), by_gpus in found.items():
         one = found.get((model, "auto"), {}).get(1)
         for gpus, speed in sorted(by_gpus.items()):
             cells = [model, strategy if gpus > 1 else "-", gpus, f"{speed:,.0f}"]
             rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
+    for (model, strategy), by_gpus in loaded.items():
+        one = found.get((model, strategy), {}).get(1)
+        speed = by_gpus[1]
+        cells = [f"{model}, through the loader", "-", 1, f"{speed:,.0f}"]
+        rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
     head = ["model", "strategy", "GPUs", "images/s", "of one GPU"]
     return markdown_table(head, rows) if rows else ""
 
@@ -58,12 +63,12 @@ def figures(result: Record) -> dict[str, Figure]:
     return {"efficiency": figure}
 
 
-def speeds(result: Record) -> dict[tuple[str, str], dict[int, float]]:
+def speeds(result: Record, part: str = "throughput") -> dict[tuple[str, str], dict[int, float]]:
     """Images a second by (model and options, strategy) and number of GPUs; median of all turns."""
     turns: dict[tuple[str, str, int], list[float]] = {}
     for record in result["results"]:
         case = record["case"]
-        if case["part"] == "throughput":
+        if case["part"] == part:
             options = [f"batch {case['batch']}", f"{case['size']} pixels", *case["set"]]
             key = ", ".join([case["model"], *options]), case["strategy"], case["gpus"]
             turns.setdefault(key, []).append(record["images_per_second"])

@@ -22,7 +22,14 @@ from nat_models.engine.execution import choose_execution, trains_long
 from nat_models.engine.folder import claim, resume_path, share_output_dir
 from nat_models.engine.module import Classifier
 from nat_models.engine.publish import push, write_card, write_model
-from nat_models.engine.setup import accumulate, check_fits, make_trainer, plain, set_up_torch
+from nat_models.engine.setup import (
+    accumulate,
+    check_fits,
+    make_data,
+    make_trainer,
+    plain,
+    set_up_torch,
+)
 from nat_models.engine.trained import TrainedRun
 from nat_models.errors import bad_input, faults_of_the_machine
 
@@ -52,13 +59,7 @@ def train(cfg: DictConfig) -> float:
         path = resume_path(cfg)
         resumed = TrainedRun.read(path) if path else None
         set_up_torch(cfg)
-        data: ImageDataModule = instantiate(
-            cfg.data,
-            augment=cfg.augment.transform,
-            mixup=cfg.augment.mixup,
-            seed=cfg.seed,
-            _convert_="all",
-        )
+        data = make_data(cfg)
         data.open(training=True)
         model = plain(cfg.model)
         model["num_classes"] = model["num_classes"] or data.num_classes

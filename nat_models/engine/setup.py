@@ -52,6 +52,18 @@ def make_trainer(cfg: DictConfig) -> Trainer:
     return trainer
 
 
+def make_data(cfg: DictConfig) -> ImageDataModule:
+    """Instantiate the data of a training's configuration, which is not opened yet."""
+    data: ImageDataModule = instantiate(
+        cfg.data,
+        augment=cfg.augment.transform,
+        mixup=cfg.augment.mixup,
+        seed=cfg.seed,
+        _convert_="all",
+    )
+    return data
+
+
 def _precision(accelerator: str) -> str:
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"

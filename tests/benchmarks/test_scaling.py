@@ -34,10 +34,11 @@ def test_two_processes_are_measured_agree_with_one_and_resume_on_another_number(
     cases = [r["case"] for r in report["results"]]
     kinds = [(case["part"], case["gpus"], case.get("micro_batches")) for case in cases]
     assert kinds == [
-        ("throughput", 1, None), ("throughput", 2, None),
+        ("throughput", 1, None), ("throughput", 2, None), ("loader", 1, None),
         ("loss", 1, 1), ("loss", 2, 1), ("loss", 1, 2), ("resume", 2, 1),
     ]  # fmt: skip
-    alone, sharded, micro, resumed = report["results"][2:]
+    assert len(report["results"][2]["round_seconds"]) == 2
+    alone, sharded, micro, resumed = report["results"][3:]
     assert [*alone["losses"]] == [str(step) for step in range(20)]
     assert alone["losses"]["19"] < 0.8 * alone["losses"]["0"]
     for one in (micro, sharded):

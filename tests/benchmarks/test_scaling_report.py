@@ -34,6 +34,13 @@ def test_the_tables_tell_ratios_and_differences(result):
     assert "| fsdp2, continued on 2 | 4 | 32-true | 1 | 1.5030 | 3.0e-03 |" in tables
 
 
+def test_what_comes_through_the_loader_is_compared_with_what_lies_on_the_device(result):
+    one = {**result["results"][1]["case"], "part": "loader", "gpus": 1, "strategy": "auto"}
+    result["results"].append({"case": one, "images_per_second": 97.0})
+    row = "| nat_tiny, batch 128, 224 pixels, through the loader | - | 1 | 97 | 0.97x |"
+    assert row in scaling_report.tables(result)
+
+
 def test_other_options_are_compared_with_the_defaults(result):
     compiled = {"set": ["compile=default"]}
     [ddp] = [r for r in result["results"] if r["case"]["part"] == "loss" and r["case"]["gpus"] > 1]
