@@ -202,6 +202,7 @@ def present_columns(records: list[Record], name: str) -> list[tuple[str, str]]:
 def plots(result: Record, folder: Path) -> list[Path]:
     """A bar chart of times over the floor, a dtype each; the files."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     files = []
     for dtype in dict.fromkeys(r["dtype"] for r in result["results"]):
@@ -215,6 +216,9 @@ def plots(result: Record, folder: Path) -> list[Path]:
             axes.set_title(name)
             axes.set_xlabel("time over the memory's floor")
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.margins(y=0.01)
             axes.axvline(1, color="black", linewidth=0.8)
         axes.legend(fontsize="small", loc="lower right")
