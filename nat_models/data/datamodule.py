@@ -5,6 +5,7 @@ device normalises, erases and mixes whole batches.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,14 @@ from torchvision.transforms import InterpolationMode
 from nat_models.data.images import MAX_TRIES, Batch, Complaints, DecodedDataset, collate
 from nat_models.data.prefetch import DevicePrefetcher
 from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
-from nat_models.data.sources import class_indices, count, num_classes, open_dataset
+from nat_models.data.sources import (
+    ClassMap,
+    class_indices,
+    count,
+    num_classes,
+    open_dataset,
+    training_classes,
+)
 from nat_models.data.streams import DecodedStream, StreamLoader, share
 from nat_models.errors import RunStopped
 
@@ -42,7 +50,8 @@ class ImageDataModule(LightningDataModule):
         val_split: Name of the split to evaluate on.
         class_map: See above.
         options: See above.
-        labels: Of a flat folder of held-out images: file with their names and classes.
+        labels: Of a flat folder of held-out images: file with their names and classes, which are
+            numbered as class_map or else the training folders say.
         on_error: What to do about an image that cannot be read: "raise", or "skip" and count it.
         input_size: Channels, height and width that the model is fed; one channel: grey.
         mean: Mean of each channel, in [0, 1].
@@ -107,7 +116,8 @@ class ImageDataModule(LightningDataModule):
         parts = {"train": s.train_split, "val": s.val_split} if training else {"val": s.val_split}
         for part, split in parts.items():
             self.sources[part] = open_dataset(
-                s.name, s.root, split, part == "train", s.class_map, s.options,
+                s.name, s.root, split, part == "train",
+                s.class_map if part == "train" else self._class_map(), s.options,
                 None if part == "train" else s.labels,
             )  # fmt: skip
         if training:
@@ -195,17 +205,17 @@ class ImageDataModule(LightningDataModule):
             )
         )
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | DevicePrefetcher:
         """Batches of uint8 images and class indices; over all ranks each image comes once."""
         assert self.trainer is not None
         data = self._transformed("val")
         if isinstance(data, DecodedStream):
-            return self._stream(data, training=False)
+            return self._on_device(self._stream(data, training=False))
         processes, size = self.trainer.world_size, self.settings.batch_size
         indices = range(self.trainer.global_rank, len(data), processes)
         longest = -(-len(data) // processes)  # equally many batches for each, the last may be empty
         batches = [indices[i : i + size] for i in range(0, longest, size)]
-        return self._loader(data, batch_sampler=batches)
+        return self._on_device(self._loader(data, batch_sampler=batches))
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch to go on with, how many of its batches are done, and the classes' names."""
@@ -294,6 +304,15 @@ class ImageDataModule(LightningDataModule):
                 f"are 0 to {classes - 1} (model.num_classes, data.class_map)"
             )
 
+    def _class_map(self) -> ClassMap:
+        """Of the held-out images; those of a flat folder have no class folders of their own."""
+        s = self.settings
+        if s.name == "folder" and s.labels is not None:
+            if "train" in self.sources:
+                return class_indices(self.sources["train"])
+            return s.class_map or training_classes(s.root, s.train_split)
+        return s.class_map  # type: ignore[no-any-return]
+
     def _transformed(self, part: str, **augment: Any) -> DecodedDataset | DecodedStream:
         # use_prefetcher: timm's transforms then end in uint8 tensors, as for its own loader.
         options = {**self.config, "use_prefetcher": True, **augment}
@@ -318,8 +337,13 @@ class ImageDataModule(LightningDataModule):
         )
 
     def _on_device(self, loader: DataLoader[Batch]) -> DataLoader[Batch] | DevicePrefetcher:
-        device = self.trainer.strategy.root_device  # type: ignore[union-attr]
-        return DevicePrefetcher(loader, device) if device.type == "cuda" else loader
+        trainer: Any = self.trainer
+        device = trainer.strategy.root_device
+        if device.type != "cuda":
+            return loader
+        execution = getattr(trainer.lightning_module, "execution", None)
+        channels_last = getattr(execution, "channels_last", False)
+        return DevicePrefetcher(loader, device, channels_last)
 
     def _in_any_process(self, here: bool) -> bool:
         strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
@@ -345,8 +369,9 @@ class ImageDataModule(LightningDataModule):
                 f"data.batch_size={s.batch_size}: there are {self.sizes['train']} training images"
             )
         splits = f"data.root={s.root}: the splits {s.train_split!r} and {s.val_split!r}"
-        if s.name == "folder" and s.labels is None and train.reader.root == val.reader.root:  # type: ignore[attr-defined]
+        if s.name == "folder" and Path(train.reader.root) == Path(val.reader.root):  # type: ignore[attr-defined]
             raise ValueError(f"{splits} are the same folder; expected a folder for each")
+        # Where a file labels the images, it was checked when opened.
         if s.labels is None and class_indices(train) != class_indices(val):
             ours, theirs = set(class_indices(train) or {}), set(class_indices(val) or {})
             raise ValueError(

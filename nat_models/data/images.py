@@ -92,7 +92,8 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], Tensor]:
     whole = [sample for sample in samples if sample[0] is not None]
     indices = torch.tensor([sample[3] for sample in whole], dtype=torch.int64)
     if not whole:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64), errors, indices
+        none = torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+        return none, torch.empty(0, dtype=torch.int64), errors, indices
     images, targets = fast_collate([sample[:2] for sample in whole])
     return images, targets, errors, indices
 

@@ -10,18 +10,24 @@ from torch.utils.data import DataLoader
 class DevicePrefetcher:
     """A loader whose images are on a GPU when they are asked for.
 
-    While a batch is worked on, the next one is copied in a stream of its own. (timm's loader of
-    that kind takes pairs alone, and normalises and erases before our random generators are seeded.)
+    While a batch is worked on, the next one is copied, and laid out in memory as the model takes
+    it, in a stream of its own. (timm's loader of that kind takes pairs alone, and normalises and
+    erases before our random generators are seeded.)
 
     Args:
         loader: Gives batches whose first part is the images, in pinned memory.
         device: The GPU.
+        channels_last: Whether the model takes images so.
     """
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], device: torch.device, channels_last: bool = False
+    ) -> None:
         self.loader = loader
         self.sampler = loader.sampler  # Lightning tells it the epoch
+        self.batch_sampler = loader.batch_sampler  # in evaluation Lightning looks for it
         self.device = device
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -32,6 +38,7 @@ class DevicePrefetcher:
         for images, *rest in self.loader:
             with torch.cuda.stream(copying):
                 images = images.to(self.device, non_blocking=True)
+                images = images.contiguous(memory_format=self.layout)
             copied = copying.record_event()
             if waiting is not None:
                 yield self._received(*waiting)

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData
 
@@ -38,7 +41,7 @@ def open_dataset(
         split: Name of the split; for "wds" it may be `NAME-{0000..0099}.tar|IMAGES`.
         training: Whether this is the part to train on, for the sets that have no named splits.
         class_map: For "folder": class index by folder name, or a file of folder names; default:
-            sorted by name.
+            sorted by name. With `labels`: of the names in that file, which may have no others.
         options: Further arguments of the set's own reader.
         labels: For a "folder" without class folders: file of lines `IMAGE CLASS`.
 
@@ -64,7 +67,7 @@ def open_dataset(
     if prefix in UNSUPPORTED:
         raise ValueError(f"data.name={name!r}: {prefix} is not supported, its order differs by run")
     if name == "folder" and labels is not None:
-        flat = ImageDataset(root, reader=FlatReader(str(root), split, labels))
+        flat = ImageDataset(root, reader=FlatReader(str(root), split, labels, class_map))
         return _strict(flat)  # type: ignore[no-any-return]
     try:
         data = _open_with_timm(name, root, split, training, class_map, options)
@@ -96,6 +99,14 @@ def class_indices(data: Dataset[Any]) -> dict[str, int] | None:
     return None
 
 
+def training_classes(root: str | None, split: str) -> dict[str, int] | None:
+    """Class index by name of the training split's folders, None if there is no such split."""
+    for name in (split, "train", "training"):
+        if root is not None and Path(root, name).is_dir():
+            return dict(find_images_and_targets(str(Path(root, name)), sort=False)[1])
+    return None
+
+
 def count(data: Any) -> int:
     """Number of images."""
     images: int = getattr(getattr(data, "reader", None), "num_samples", None) or len(data)
@@ -109,11 +120,11 @@ class FlatReader(Reader):
         root: The folder, or the one above it.
         split: Name of the folder.
         labels: File of lines `IMAGE CLASS`, separated by blanks or a comma, more behind them is
-            left out, as is a header; a class is an index or a name. Named classes are numbered in
-            the order of their names.
+            left out, as is a header; a class is an index or a name.
+        class_map: Class index by name, or a file of names; default: the file's own names, sorted.
     """
 
-    def __init__(self, root: str, split: str, labels: str) -> None:
+    def __init__(self, root: str, split: str, labels: str, class_map: ClassMap = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if not Path(labels).is_file():
             raise ValueError(f"data.labels={labels}: expected a file, there is none")
@@ -129,13 +140,25 @@ class FlatReader(Reader):
                 raise ValueError(f"data.labels={labels}: line {number + 1}: no image {image}")
         if not pairs:
             raise ValueError(f"data.labels={labels}: names no image of {self.root}")
-        names = sorted({name for _, name in pairs})
-        indices = {name: i for i, name in enumerate(names)}
-        if all(name.isdecimal() for name in names):
-            indices = {name: int(name) for name in names}
-        else:
-            self.class_to_idx = indices
+        indices = self._indices({name for _, name in pairs}, labels, class_map)
         self.samples = [(str(path), indices[name]) for path, name in pairs]
+
+    def _indices(self, names: set[str], labels: str, class_map: ClassMap) -> dict[str, int]:
+        known = _load_class_map(class_map, self.root)
+        # Where folders are called by numbers, a number is a name.
+        may_be_indices = not any(name.isdecimal() for name in known or ())
+        if may_be_indices and all(name.isdecimal() for name in names):
+            return {name: int(name) for name in names}
+        in_order = sorted(names, key=natural_key)  # timm's, of folders
+        self.class_to_idx = known or {name: i for i, name in enumerate(in_order)}
+        for name in in_order:
+            if name not in self.class_to_idx:
+                raise ValueError(
+                    f"data.labels={labels}: unknown class {name!r}; expected a name in "
+                    f"data.class_map, by default a training folder's: "
+                    f"{', '.join([*self.class_to_idx][:5])}, ..."
+                )
+        return self.class_to_idx
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, target = self.samples[index]
@@ -174,6 +197,15 @@ def _strict(data: Any) -> Any:
     if isinstance(data, ImageDataset):
         data.load_bytes, data._max_retries = True, 1
     return data
+
+
+def _load_class_map(class_map: ClassMap, root: Path) -> dict[str, int] | None:
+    if class_map is None:
+        return None
+    try:
+        return {str(name): i for name, i in load_class_map(class_map, str(root)).items()}
+    except (AssertionError, ValueError, OSError) as error:
+        raise ValueError(f"data.class_map={class_map}: {error}") from error
 
 
 def _check_no_class_is_empty(root: Path, classes: dict[str, int]) -> None:

@@ -2,16 +2,17 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from PIL.Image import Image
 
 from nat_models import viz
 from nat_models.data import ImageDataModule
 from nat_models.data.images import decode
 from nat_models.engine.labels import class_names
 from nat_models.engine.module import Classifier
+from nat_models.engine.setup import make_trainer, plain
 from nat_models.engine.trained import TrainedRun
 from nat_models.errors import bad_input
 
@@ -34,20 +35,24 @@ def name_pictures(
         By file name, the classes and their probabilities.
 
     Raises:
-        ConfigError: There is no picture, one cannot be read, or the model has no such layer.
+        ConfigError: There is no picture, the model has no such layer, or a picture cannot be read
+            and, by `data.on_error`, is not to be skipped.
     """
     with bad_input():
         paths = _pictures(Path(cfg.images))
         if cfg.attention is not None and cfg.output is None:
             raise ValueError(f"attention={cfg.attention}: expected output=FOLDER for the drawings")
-        data = trained.data({}) if trained else ImageDataModule("fake")
+        data = _settings(cfg, trained)
         data.follow(module.model)
         names = class_names(module, None, trained)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = make_trainer(cfg).strategy.root_device
         model = module.model.to(device).eval()
         found = {}
         for path in paths:
-            pixels, picture = _read(path, data)
+            image = _read(path, data)
+            if image is None:
+                continue
+            pixels, picture = data.prepare(image)
             with torch.inference_mode():
                 probabilities = model(pixels[None].to(device))[0].float().softmax(-1).cpu()
             shares, classes = probabilities.topk(min(5, len(names)))
@@ -59,7 +64,15 @@ def name_pictures(
                 figure = viz.neighborhoods(model, pixels.to(device), picture, layer)
                 Path(cfg.output).mkdir(parents=True, exist_ok=True)
                 figure.savefig(Path(cfg.output, f"{path.stem}_attention.png"))
+    if data.complaints.count:
+        _log.warning("%d of %d pictures could not be read", data.complaints.count, len(paths))
     return found
+
+
+def _settings(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:
+    """How pictures are prepared, and what is done about unreadable ones; no data is opened."""
+    given = {k: v for k, v in plain(cfg.data).items() if v is not None and k != "_target_"}
+    return trained.data(given) if trained else ImageDataModule(**{"name": "fake", **given})
 
 
 def _pictures(path: Path) -> list[Path]:
@@ -72,8 +85,10 @@ def _pictures(path: Path) -> list[Path]:
     raise ValueError(f"images={path}: holds no picture ({', '.join(sorted(SUFFIXES))})")
 
 
-def _read(path: Path, data: ImageDataModule) -> tuple[torch.Tensor, Any]:
+def _read(path: Path, data: ImageDataModule) -> Image | None:
+    """The picture, None if it cannot be read and is to be skipped."""
     try:
-        return data.prepare(decode(path.read_bytes(), data.mode))
-    except OSError as error:
-        raise ValueError(f"images={path}: {error}") from error
+        return decode(path.read_bytes(), data.mode)
+    except Exception as error:  # decoders fail in many ways
+        data.complaints([f"images={path}: {error}"])
+        return None

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from lightning import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from nat_models.data import ImageDataModule
@@ -130,7 +131,8 @@ def test_ranks_evaluate_every_image_once(image_folder):
     seen = []
     for rank in range(4):
         data = attached(ImageDataModule("folder", str(image_folder)), model_of((3, 16, 16)), False)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=4)
+        strategy = SingleDeviceStrategy(torch.device("cpu"))
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=4, strategy=strategy)
         seen += [image for images, *_ in data.val_dataloader() for image in images]
     assert len(seen) == 6
     assert len({image.numpy().tobytes() for image in seen}) == 6
@@ -163,6 +165,58 @@ def test_training_and_held_out_images_must_not_be_the_same_folder(image_folder):
     root = str(image_folder / "train")
     with pytest.raises(ValueError, match=rf"data\.root={root}: .*'train' and 'validation'.*same"):
         ImageDataModule("folder", root, batch_size=2).open(training=True)
+
+
+def flatten(folder: Path, classes: dict[str, str]) -> str:
+    """Bring the held-out images of some classes into one folder; the file of their classes."""
+    lines = []
+    for old, new in classes.items():
+        for path in sorted((folder / "val" / old).glob("*.png")):
+            lines.append(f"{old}{path.name} {new}")
+            path.rename(folder / "val" / f"{old}{path.name}")
+    for name in NAMES:
+        shutil.rmtree(folder / "val" / name)
+    (folder / "labels.txt").write_text("\n".join(lines))
+    return str(folder / "labels.txt")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_flat_folders_classes_are_numbered_as_the_training_folders(image_folder, training):
+    labels = flatten(image_folder, {"dog": "dog", "newt": "newt"})
+    data = ImageDataModule("folder", str(image_folder), batch_size=2, labels=labels)
+    data.open(training)
+    assert [target for _, target in data.sources["val"]] == [1, 1, 2, 2]
+    assert (data.num_classes, data.class_names) == (3, NAMES)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_flat_folders_classes_are_numbered_by_the_class_map(image_folder, training):
+    labels = flatten(image_folder, {"dog": "dog", "newt": "newt"})
+    class_map = {"newt": 0, "dog": 1}
+    data = ImageDataModule(
+        "folder", str(image_folder), batch_size=2, class_map=class_map, labels=labels
+    )
+    data.open(training)
+    assert [target for _, target in data.sources["val"]] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_flat_folders_class_that_the_training_folders_have_not_is_named(image_folder, training):
+    labels = flatten(image_folder, {"cat": "cat", "dog": "emu", "newt": "newt"})
+    data = ImageDataModule("folder", str(image_folder), batch_size=2, labels=labels)
+    with pytest.raises(
+        ValueError,
+        match=rf"data\.labels={labels}: unknown class 'emu'; expected .*cat, dog, newt",
+    ):
+        data.open(training)
+
+
+def test_a_flat_folder_must_not_be_the_training_folder(image_folder):
+    labels = flatten(image_folder, {"cat": "0"})
+    shutil.rmtree(image_folder / "train")
+    data = ImageDataModule("folder", str(image_folder / "val"), batch_size=2, labels=labels)
+    with pytest.raises(ValueError, match=r"'train' and 'validation' are the same folder"):
+        data.open(training=True)
 
 
 def broken(folder: Path) -> Path:

@@ -85,6 +85,62 @@ def test_a_flat_folder_has_its_classes_in_a_file(image_folder, header):
     assert isinstance(data[0][0], bytes)
 
 
+@pytest.fixture
+def labelled(tmp_path):
+    """labelled(*CLASSES): a folder with an image of each, and the file that tells them."""
+
+    def labelled(*classes: str) -> tuple[str, str]:
+        (tmp_path / "val").mkdir()
+        for i in range(len(classes)):
+            (tmp_path / "val" / f"{i}.png").write_bytes(b"encoded")
+        lines = [f"{i}.png {name}" for i, name in enumerate(classes)]
+        (tmp_path / "labels.txt").write_text("\n".join(lines))
+        return str(tmp_path), str(tmp_path / "labels.txt")
+
+    return labelled
+
+
+@pytest.mark.parametrize(
+    ("classes", "class_map", "indices"),
+    [
+        (["dog", "newt", "dog"], {"cat": 0, "dog": 1, "newt": 2}, [1, 2, 1]),
+        (["dog", "newt"], "FILE", [1, 2]),
+        (["c10", "c2"], None, [1, 0]),  # in timm's order of folders
+        (["1", "2"], {"cat": 0, "dog": 1, "newt": 2}, [1, 2]),  # indices
+        (["2", "10"], {"1": 0, "2": 1, "10": 2}, [1, 2]),  # names
+    ],
+    ids=["map", "file", "own", "indices", "numbers"],
+)
+def test_a_flat_folders_classes_are_numbered_by_the_class_map(
+    labelled, tmp_path, classes, class_map, indices
+):
+    root, labels = labelled(*classes)
+    if class_map == "FILE":
+        class_map = str(tmp_path / "classes.txt")
+        (tmp_path / "classes.txt").write_text("cat\ndog\nnewt\n")
+    data = open_dataset("folder", root, "val", False, class_map, labels=labels)
+    assert [target for _, target in data] == indices
+
+
+@pytest.mark.parametrize(
+    ("class_map", "message"),
+    [
+        (
+            {"cat": 0, "dog": 1},
+            r"data\.labels=.*labels\.txt: unknown class 'newt'; expected a name in "
+            r"data\.class_map, by default a training folder's: cat, dog",
+        ),
+        ({"0": 0, "1": 1}, r"unknown class 'dog'"),
+        ("no.txt", r"data\.class_map=no\.txt: Cannot locate"),
+    ],
+    ids=["unknown", "numbers", "missing"],
+)
+def test_a_flat_folders_class_that_the_class_map_has_not_is_named(labelled, class_map, message):
+    root, labels = labelled("dog", "newt")
+    with pytest.raises(ValueError, match=message):
+        open_dataset("folder", root, "val", False, class_map, labels=labels)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

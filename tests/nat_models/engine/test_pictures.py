@@ -1,10 +1,15 @@
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from nat_models.data import ImageDataModule
 from nat_models.engine.evaluation import evaluate
+from nat_models.engine.module import Classifier
+from nat_models.engine.pictures import name_pictures
 from nat_models.errors import ConfigError
 
 MODEL = ["model.name=nat_mini", "+model.embed_dim=32", "+model.depths=[1,1,1,1]"]
@@ -30,21 +35,72 @@ def test_pictures_are_named_and_their_attention_drawn(compose, tmp_path, caplog)
     assert len(list((tmp_path / "out").glob("*_attention.png"))) == 3
 
 
+def three_pictures(folder: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (40, 40), "teal").save(folder / name)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "text", "bomb"])
+def test_a_broken_picture_is_left_out_and_counted(compose, tmp_path, caplog, monkeypatch, fault):
+    caplog.set_level(logging.INFO)
+    three_pictures(tmp_path)
+    path = tmp_path / "b.png"
+    if fault == "bomb":  # no OSError, as several of PIL's
+        Image.new("RGB", (500, 500)).save(path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    else:
+        path.write_bytes(path.read_bytes()[:60] if fault == "truncated" else b"text")
+    with pytest.raises(ConfigError, match=rf"images={path}: .*\(data\.on_error=skip leaves"):
+        evaluate(compose("eval", *MODEL, f"images={tmp_path}"))
+    caplog.clear()
+    found = evaluate(compose("eval", *MODEL, f"images={tmp_path}", "data.on_error=skip"))
+    assert list(found) == ["a.png", "c.png"]
+    assert f"skipped an image, 1 so far: images={path}: " in caplog.text
+    assert "1 of 3 pictures could not be read" in caplog.text
+
+
+def test_pictures_are_prepared_as_the_data_options_say(compose, tmp_path, monkeypatch):
+    three_pictures(tmp_path)
+    sides = []
+    prepare = ImageDataModule.prepare
+
+    def noted(data, picture):
+        pixels, shown = prepare(data, picture)
+        sides.append(tuple(pixels.shape))
+        return pixels, shown
+
+    monkeypatch.setattr(ImageDataModule, "prepare", noted)
+    evaluate(compose("eval", *MODEL, f"images={tmp_path}", "data.input_size=[3,64,96]"))
+    assert sides == 3 * [(3, 64, 96)]
+
+
+def test_pictures_go_where_the_trainer_does(compose, tmp_path, monkeypatch):
+    three_pictures(tmp_path)
+    module = Classifier(model={"name": "nat_demo"})
+    devices = []
+    module.model.register_forward_pre_hook(lambda _, inputs: devices.append(inputs[0].device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg = compose("eval", f"images={tmp_path}", "trainer.accelerator=cpu")
+    assert len(name_pictures(cfg, module, None)) == 3
+    assert devices == 3 * [torch.device("cpu")]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["images=no/where"], r"images=no/where: expected a picture or a folder"),
         (["images=EMPTY"], r"images=.*: holds no picture"),
         (["images=TEXT"], r"images=.*x\.png: cannot identify"),
+        (["images=PICTURE", "trainer.accelerator=none"], r"`none`|'none'"),
         (["images=TEXT", "attention=auto"], r"attention=auto: expected output=FOLDER"),
     ],
-    ids=["missing", "empty", "text", "no_output"],
+    ids=["missing", "empty", "text", "accelerator", "no_output"],
 )
 def test_bad_input_is_named(compose, tmp_path, options, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.png").write_text("x")
-    paths = {"EMPTY": f"{tmp_path}/empty", "TEXT": f"{tmp_path}/x.png"}
-    for key, path in paths.items():
-        options = [option.replace(key, path) for option in options]
+    Image.new("RGB", (40, 40)).save(tmp_path / "y.png")
+    for key, name in {"PICTURE": "y.png", "EMPTY": "empty", "TEXT": "x.png"}.items():
+        options = [option.replace(key, f"{tmp_path}/{name}") for option in options]
     with pytest.raises(ConfigError, match=message):
         evaluate(compose("eval", *MODEL, *options))
