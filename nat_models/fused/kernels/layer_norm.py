@@ -12,6 +12,7 @@ afterwards, in a fixed order.
 """
 
 from functools import lru_cache
+from math import ceil
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def _kinds(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return first.device, first.dtype, *[x if x is None else x.dtype for x in others]
 
 
+@lru_cache
 def _block(channels: int) -> tuple[int, int]:
     """Rows of a program, and elements of its rows."""
     columns = triton.next_power_of_2(channels)
@@ -83,9 +85,9 @@ def _block(channels: int) -> tuple[int, int]:
 
 
 def _backward_programs(rows: int, channels: int, device: torch.device) -> int:
-    blocks = triton.cdiv(rows, _block(channels)[0])
+    blocks = ceil(rows / _block(channels)[0])  # at each call, where `triton.cdiv` takes long
     processors = _processors(device) if device.type == "cuda" else 1
-    return min(int(blocks), WAVES * processors)
+    return min(blocks, WAVES * processors)
 
 
 @lru_cache

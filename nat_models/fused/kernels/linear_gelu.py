@@ -16,6 +16,7 @@ bytes, as do their rows.
 """
 
 from functools import lru_cache
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def backward(
     """
     channels, width = weight.shape
     rows = grad.numel() // channels
-    strips = triton.cdiv(rows, (tile or choose_tile(channels, True)).rows)
+    strips = ceil(rows / (tile or choose_tile(channels, True)).rows)
     parts = torch.empty((strips, width), dtype=torch.float32, device=grad.device)
     launch = _launch(rows, channels, width, tile, True, grad.device, grad.dtype)
     launch(grad, weight, None, hidden, grad_hidden, activated, parts)
