@@ -39,7 +39,9 @@ def faults_of_the_machine() -> Iterator[None]:
         raise RunStopped(last.partition("RunStopped: ")[2]) if traceback else error from None
     except RuntimeError as error:
         if re.search(r"Connection (closed|reset) by peer|remote process exited", str(error)):
-            raise RunStopped("another process of the run ended; its message says why") from error
+            raise RunStopped(
+                "another process of the run ended; its message says why, or it was killed"
+            ) from error
         died = re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(error))
         if not died:
             raise

@@ -1,12 +1,14 @@
 """Evaluation: of a checkpoint or of any model by name, on held-out images or on plain pictures."""
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig
 from timm.models import get_model_traits
 
@@ -14,14 +16,15 @@ from nat_models.data import ImageDataModule
 from nat_models.engine import facts
 from nat_models.engine.callbacks import accuracy
 from nat_models.engine.execution import choose_execution, evaluates_long
-from nat_models.engine.labels import class_names, real_accuracy, valid_labels
+from nat_models.engine.fail_together import fail_together
+from nat_models.engine.labels import check_real_labels, class_names, real_accuracy, valid_labels
 from nat_models.engine.module import Classifier
 from nat_models.engine.pictures import name_pictures
 from nat_models.engine.predictions import Predictions
 from nat_models.engine.report import write_report, write_results
 from nat_models.engine.setup import check_fits, make_trainer, plain, set_up_torch
 from nat_models.engine.trained import TrainedRun
-from nat_models.errors import bad_input, faults_of_the_machine
+from nat_models.errors import RunStopped, bad_input, faults_of_the_machine
 
 _log = logging.getLogger(__name__)
 
@@ -53,16 +56,35 @@ def evaluate(cfg: DictConfig) -> Any:
         data.follow(module.model)
         module.restrict(valid_labels(cfg.valid_labels))
         check_fits(data, module)
+        if cfg.real_labels:
+            check_real_labels(data)
         output = _output(cfg)
         predictions = Predictions()
         trainer = make_trainer(cfg)
         trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
+        _check_sizes(cfg, trainer, module.model)
         size = data.settings.batch_size
         is_long = evaluates_long(trainer, data)
         module.run_by(choose_execution(cfg, trainer, module.model, size, is_long))
     for name, value in facts.describe(trainer, module, data).items():
         _log.info("%-10s %s", name, value)
-    name = cfg.ckpt or given["name"]
+    with fail_together(trainer):
+        results, metrics = _evaluate_at_sizes(cfg, trainer, module, data, predictions)
+        if output is not None and trainer.is_global_zero:
+            names = class_names(module, data, trained)
+            _write(output, results, predictions.table(), data, names)
+    return metrics
+
+
+def _evaluate_at_sizes(
+    cfg: DictConfig,
+    trainer: Trainer,
+    module: Classifier,
+    data: ImageDataModule,
+    predictions: Predictions,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return a row of results for each of the sizes, and the metrics of the last."""
+    name = cfg.ckpt or cfg.model.name
     results = []
     model = module.model
     own_size, own_weights = get_model_traits(model).get("img_size"), model.state_dict()
@@ -82,11 +104,7 @@ def evaluate(cfg: DictConfig) -> Any:
         _log.info("%s  %d pixels  %s", accuracy(metrics), side, name)
         if unreadable:
             _log.warning("%d images could not be read and are not counted", unreadable)
-    if output is not None and trainer.is_global_zero:
-        write_results(output, results)
-        write_report(output, predictions.table(), data, class_names(module, data, trained))
-        _log.info("results: %s", output)
-    return dict(metrics)
+    return results, dict(metrics)
 
 
 def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:
@@ -99,6 +117,16 @@ def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataMo
             "checkpoint that knows its own (ckpt=PATH)"
         )
     return trained.data({k: v for k, v in plain(cfg.data).items() if v is not None})
+
+
+def _check_sizes(cfg: DictConfig, trainer: Trainer, model: Any) -> None:
+    """A model that is sharded already cannot get position embeddings of another size."""
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    if sharded and len(cfg.sizes or ()) > 1 and get_model_traits(model).get("fixed_input_size"):
+        raise ValueError(
+            f"sizes={list(cfg.sizes)}: expected one size, or trainer.strategy=ddp: fsdp2 shards "
+            f"{type(model).__name__} for the first alone"
+        )
 
 
 def _adapt(model: Any, own_size: Any, weights: dict[str, Any], size: int) -> None:
@@ -127,6 +155,25 @@ def _output(cfg: DictConfig) -> Path | None:
     output = Path(cfg.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        raise ValueError(f"output={output}: expected a folder that can be made: {error}") from error
+        raise ValueError(
+            f"output={output}: expected a folder that can be written to: {error}"
+        ) from error
     return output
+
+
+def _write(
+    output: Path,
+    results: list[dict[str, Any]],
+    table: dict[str, Any],
+    data: ImageDataModule,
+    names: list[str],
+) -> None:
+    try:
+        write_results(output, results)
+        write_report(output, table, data, names)
+    except OSError as error:
+        raise RunStopped(f"output={output}: the results could not be written: {error}") from error
+    _log.info("results: %s", output)

@@ -54,23 +54,40 @@ def valid_labels(which: str | None) -> Tensor | None:
         raise ValueError(f"valid_labels={which}: expected an index a line: {error}") from error
 
 
+def check_real_labels(data: ImageDataModule) -> None:
+    """Each held-out image must have a reassessed label.
+
+    Args:
+        data: Where the images come from.
+
+    Raises:
+        ValueError: The name of one is not that of a validation image of ImageNet.
+    """
+    labels = _real_labels()
+    for index in range(data.sizes["val"]):
+        name = Path(data.image_name(index)).name
+        if name not in labels:
+            raise ValueError(f"real_labels=true: {name} is no validation image of ImageNet")
+
+
 def real_accuracy(table: dict[str, Any], data: ImageDataModule) -> dict[str, float]:
     """Accuracy by the reassessed labels of ImageNet's validation images (arXiv 2006.07159).
 
     Args:
         table: Of `Predictions`.
-        data: Where the images come from; their names must be the original ones.
-
-    Raises:
-        ValueError: They are not.
+        data: Where the images come from, see `check_real_labels`.
     """
-    labels = RealLabelsImagenet([""] * 50_000).real_labels
+    labels = _real_labels()
     hits: dict[int, list[bool]] = {1: [], 5: []}
     for index, top in zip(table["index"], table["classes"], strict=True):
         name = Path(data.image_name(int(index))).name
-        if name not in labels:
-            raise ValueError(f"real_labels=true: {name} is no validation image of ImageNet")
         if labels[name]:
             for k, found in hits.items():
                 found.append(bool(set(top[:k].tolist()) & set(labels[name])))
     return {f"val/real_top{k}": float(np.mean(found)) for k, found in hits.items()}
+
+
+def _real_labels() -> dict[str, list[int]]:
+    """Classes of each image, by its name."""
+    labels: dict[str, list[int]] = RealLabelsImagenet([""] * 50_000).real_labels
+    return labels

@@ -19,6 +19,7 @@ from nat_models.engine.building import neighborhood_attentions
 from nat_models.engine.callbacks import History, accuracy
 from nat_models.engine.console import log_to_file
 from nat_models.engine.execution import choose_execution, trains_long
+from nat_models.engine.fail_together import fail_together
 from nat_models.engine.folder import claim, resume_path, share_output_dir
 from nat_models.engine.module import Classifier
 from nat_models.engine.publish import push, write_card, write_model
@@ -83,7 +84,7 @@ def train(cfg: DictConfig) -> float:
         is_long = trains_long(trainer, data)
         module.run_by(choose_execution(cfg, trainer, module.model, size, is_long))
         claim(output, resuming=resumed is not None)
-    with log_to_file(output / "train.log"), faults_of_the_machine():
+    with log_to_file(output / "train.log"), fail_together(trainer), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)
         trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         output = trainer.strategy.broadcast(output)  # torchrun's processes each name another

@@ -9,7 +9,7 @@ from PIL import Image
 
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.module import Classifier
-from nat_models.errors import ConfigError
+from nat_models.errors import ConfigError, RunStopped
 
 MODEL = [
     "model.name=test_vit",
@@ -83,6 +83,13 @@ def test_a_model_that_takes_one_size_alone_is_named(compose, folder):
         evaluate(compose("eval", *chosen))
 
 
+def test_a_sharded_model_that_is_made_for_one_size_takes_no_second(compose, folder):
+    more = ["model.name=vitrpb_small", "sizes=[32,16]", "trainer.strategy=fsdp2"]
+    message = r"sizes=\[32, 16\]: expected one size, or .*fsdp2 shards IsotropicNAT for the first"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(compose("eval", *options(folder, *more, "model.num_classes=3")))
+
+
 def test_images_need_not_be_square(compose, folder, monkeypatch):
     shapes, original = set(), Classifier.forward
     monkeypatch.setattr(
@@ -131,8 +138,25 @@ def test_bad_input_is_named(compose, folder, tmp_path, override, message):
         evaluate(compose("eval", *options(folder, *more)))
 
 
-def test_names_outside_imagenet_have_no_reassessed_label(compose, folder):
+def test_names_outside_imagenet_have_no_reassessed_label(compose, folder, monkeypatch):
+    monkeypatch.setattr(Classifier, "validation_step", None)  # it is known before
     (folder / "val" / "a" / "ILSVRC2012_val_00000001.JPEG").rename(folder / "val" / "a" / "x.JPEG")
     cfg = compose("eval", *options(folder, "model.num_classes=3", "real_labels=true"))
-    with pytest.raises(ValueError, match=r"real_labels=true: x\.JPEG is no validation image"):
+    with pytest.raises(ConfigError, match=r"real_labels=true: x\.JPEG is no validation image"):
+        evaluate(cfg)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before(compose, folder, monkeypatch):
+    monkeypatch.setattr(Classifier, "validation_step", None)
+    cfg = compose("eval", *options(folder, "model.num_classes=3", "output=/proc"))
+    with pytest.raises(ConfigError, match=r"output=/proc: expected a folder that can be written"):
+        evaluate(cfg)
+
+
+@pytest.mark.parametrize("file", ["results.json", "predictions.csv"])
+def test_results_that_cannot_be_written_are_one_line(compose, folder, tmp_path, file):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).symlink_to("/dev/full")
+    cfg = compose("eval", *options(folder, "model.num_classes=3", f"output={tmp_path}/out"))
+    with pytest.raises(RunStopped, match=r"output=.*/out: the results could not be .*No space"):
         evaluate(cfg)
