@@ -29,6 +29,15 @@ class DevicePrefetcher:
         self.device = device
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
+    @property
+    def _iterator(self) -> Any:
+        """By this Lightning ends the workers."""
+        return self.loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: None) -> None:
+        self.loader._iterator = iterator
+
     def __len__(self) -> int:
         return len(self.loader)
 

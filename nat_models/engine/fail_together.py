@@ -23,8 +23,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 _log = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds between two looks
-GRACE = 10.0  # seconds to end by oneself: NCCL's group cannot be left alone
-_KEY = "nat_models/failed"
+GRACE = 30.0  # seconds to end by oneself: NCCL's group cannot be left alone
+# The store of torchrun's agent outlives an attempt.
+_KEY = f"nat_models/failed{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
 
 
 @contextmanager
@@ -86,12 +87,12 @@ class Watch(Thread):
         self.over.set()
         if not self._has_met():
             return True
+        last = Timer(GRACE, _end)  # the store may not answer either
+        last.daemon = True
+        last.start()
         first = self._set()
         if distributed.get_rank() == 0:
             time.sleep(2 * INTERVAL)  # the store may end with it
-        last = Timer(GRACE, _end)
-        last.daemon = True
-        last.start()
         return first
 
     def _has_met(self) -> bool:
@@ -139,6 +140,8 @@ class Watch(Thread):
 
 def _end() -> None:
     """End this process now: its main thread may wait for ever."""
-    rich.get_console().show_cursor()
-    sys.stdout.flush()
-    os._exit(1)
+    try:
+        rich.get_console().show_cursor()
+        sys.stdout.flush()
+    finally:  # a pipe may be closed
+        os._exit(1)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from timm.data.random_erasing import RandomErasing
 from torchvision.datasets import FakeData
 
@@ -40,6 +41,20 @@ def no_streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda images, stream: None)
+
+
+def test_lightning_ends_the_workers(no_streams):
+    loader = torch.utils.data.DataLoader(
+        [(torch.zeros(1),)] * 4, num_workers=1, persistent_workers=True
+    )
+    prefetcher = DevicePrefetcher(loader, torch.device("cpu"))
+    combined = CombinedLoader(prefetcher)
+    assert len(list(combined)) == 4
+    [worker] = loader._iterator._workers
+    combined.reset()
+    assert loader._iterator is None
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
