@@ -245,11 +245,12 @@ def configuration(case: Record, folder: Path, *values: str) -> DictConfig:
 
 def time_steps(case: Record, folder: Path) -> Record:
     """Seconds of rounds of training steps."""
+    clock = Clock(case["rounds"], case["round_steps"])
     cfg = configuration(
         case,
         folder,
         f"experiment={case['model']}_in1k",
-        *loader_options(case),
+        *data_options(case, clock.steps),
         "model.num_classes=1000",
         "global_batch_size=null",
         "callbacks.best=null",
@@ -265,7 +266,6 @@ def time_steps(case: Record, folder: Path) -> Record:
         cfg.task, model=plain(cfg.model), optimizer=cfg.optimizer, scheduler=cfg.scheduler,
         _convert_="all",
     )  # fmt: skip
-    clock = Clock(case["rounds"], case["round_steps"])
     trainer = make_trainer(cfg)
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     execution = choose_execution(cfg, trainer, module.model, case["batch"], is_long=True)
@@ -290,7 +290,7 @@ def time_steps(case: Record, folder: Path) -> Record:
     }
 
 
-def loader_options(case: Record) -> list[str]:
+def data_options(case: Record, steps: int) -> list[str]:
     """Values of the configuration of the data; what lies on the device needs none."""
     if case["part"] != "loader":
         return ["data=fake"]
@@ -298,7 +298,7 @@ def loader_options(case: Record) -> list[str]:
         "data=digits",
         f"data.input_size=[3,{case['size']},{case['size']}]",
         f"data.num_workers={len(os.sched_getaffinity(0))}",
-        f"trainer.limit_train_batches={(case['rounds'] + 1) * case['round_steps']}",
+        f"trainer.limit_train_batches={steps}",
         "trainer.limit_val_batches=0",
     ]
 

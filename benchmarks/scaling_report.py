@@ -21,18 +21,14 @@ def tables(result: Record) -> str:
 
 def throughput(result: Record) -> str:
     """Images a second of all ways to train, beside one GPU; Markdown, empty if none is measured."""
-    found, loaded = speeds(result), speeds(result, "loader")
+    on_device = speeds(result)
     rows = []
-    for (model, strategy), by_gpus in found.items():
-        one = found.get((model, "auto"), {}).get(1)
-        for gpus, speed in sorted(by_gpus.items()):
-            cells = [model, strategy if gpus > 1 else "-", gpus, f"{speed:,.0f}"]
-            rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
-    for (model, strategy), by_gpus in loaded.items():
-        one = found.get((model, strategy), {}).get(1)
-        speed = by_gpus[1]
-        cells = [f"{model}, through the loader", "-", 1, f"{speed:,.0f}"]
-        rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
+    for part, note in (("throughput", ""), ("loader", ", through the loader")):
+        for (model, strategy), by_gpus in speeds(result, part).items():
+            one = on_device.get((model, "auto"), {}).get(1)
+            for gpus, speed in sorted(by_gpus.items()):
+                cells = [model + note, strategy if gpus > 1 else "-", gpus, f"{speed:,.0f}"]
+                rows.append([*cells, f"{speed / one:.2f}x" if one else "-"])
     head = ["model", "strategy", "GPUs", "images/s", "of one GPU"]
     return markdown_table(head, rows) if rows else ""
 
@@ -85,12 +81,12 @@ def gap(result: Record, record: Record) -> float | None:
     """
     whole = {"part": "loss", "gpus": 1, "strategy": "auto", "micro_batches": 1}
     wanted = {k: v for k, v in {**record["case"], **whole}.items() if k != "onto"}
-    for options in (wanted["set"], []):
-        for alone in result["results"]:
-            if alone["case"] == {**wanted, "set": options}:
-                pairs = ((alone["losses"][step], loss) for step, loss in record["losses"].items())
-                return max(abs(one - other) for one, other in pairs)
-    return None
+    choices = [{**wanted, "set": options} for options in (wanted["set"], [])]
+    found = (r["losses"] for case in choices for r in result["results"] if r["case"] == case)
+    alone = next(found, None)
+    if alone is None:
+        return None
+    return max(abs(loss - alone[step]) for step, loss in record["losses"].items())
 
 
 def _loss_row(result: Record, record: Record) -> list[object]:

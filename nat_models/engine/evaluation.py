@@ -22,7 +22,7 @@ from nat_models.engine.module import Classifier
 from nat_models.engine.pictures import name_pictures
 from nat_models.engine.predictions import Predictions
 from nat_models.engine.report import write_report, write_results
-from nat_models.engine.setup import check_fits, make_trainer, plain, set_up_torch
+from nat_models.engine.setup import check_fits, given_data, make_trainer, plain, set_up_torch
 from nat_models.engine.trained import TrainedRun
 from nat_models.errors import RunStopped, bad_input, faults_of_the_machine
 
@@ -116,7 +116,7 @@ def _evaluation_data(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataMo
             "data: expected a data set (data=imagefolder data.root=FOLDER, or another), or a "
             "checkpoint that knows its own (ckpt=PATH)"
         )
-    return trained.data({k: v for k, v in plain(cfg.data).items() if v is not None})
+    return trained.data(given_data(cfg))
 
 
 def _check_sizes(cfg: DictConfig, trainer: Trainer, model: Any) -> None:

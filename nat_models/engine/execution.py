@@ -91,8 +91,8 @@ def choose_execution(
         raise ValueError(f"compile={mode}: {objection}; expected compile=default")
     if mode == "auto":
         recomputes = "task" in cfg and cfg.task.grad_checkpointing
-        whole = "default" if objection or recomputes else GRAPHS
-        mode = whole if on_gpu and is_long else False
+        best = "default" if objection or recomputes else GRAPHS
+        mode = best if on_gpu and is_long else False
     return Execution(layout, mode or None, batch_size, contiguous_weights=is_sharded)
 
 

@@ -12,7 +12,7 @@ from nat_models.data import ImageDataModule
 from nat_models.data.images import decode
 from nat_models.engine.labels import class_names
 from nat_models.engine.module import Classifier
-from nat_models.engine.setup import make_trainer, plain
+from nat_models.engine.setup import given_data, make_trainer
 from nat_models.engine.trained import TrainedRun
 from nat_models.errors import bad_input
 
@@ -71,7 +71,7 @@ def name_pictures(
 
 def _settings(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:
     """How pictures are prepared, and what is done about unreadable ones; no data is opened."""
-    given = {k: v for k, v in plain(cfg.data).items() if v is not None and k != "_target_"}
+    given = given_data(cfg)
     return trained.data(given) if trained else ImageDataModule(**{"name": "fake", **given})
 
 

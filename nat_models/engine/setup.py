@@ -64,6 +64,11 @@ def make_data(cfg: DictConfig) -> ImageDataModule:
     return data
 
 
+def given_data(cfg: DictConfig) -> dict[str, Any]:
+    """What a configuration says of the data, to stand above what a checkpoint knows."""
+    return {k: v for k, v in plain(cfg.data).items() if v is not None and k != "_target_"}
+
+
 def _precision(accelerator: str) -> str:
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from two_processes import free_port
 
 from nat_models import cli
 from nat_models.data.sampler import EpochSampler
@@ -40,9 +40,6 @@ OPTIONS = [
     "optimizer.lr=0.1",
     "global_batch_size=16",
 ]
-
-
-WAYS = ["ddp", "ddp of graphs", "fsdp2", "fsdp2 in pieces", "fsdp2 in channels_last"]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +65,6 @@ def process(rank: int, port: int, cfg) -> None:
     cli._run(run.train, cfg)
 
 
-def free_port() -> int:
-    """Of this host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def run_both(cfgs) -> list[int | None]:
     """Train in two processes, each by its own configuration; their exit codes."""
     port = free_port()
@@ -93,7 +83,9 @@ def run_both(cfgs) -> list[int | None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [*WAYS])
+@pytest.mark.parametrize(
+    "way", ["ddp", "ddp of graphs", "fsdp2", "fsdp2 in pieces", "fsdp2 in channels_last"]
+)
 def test_two_processes_train_as_one_in_one_folder(compose, alone, tmp_path, monkeypatch, way):
     strategy = way.split()[0]
     # The processes are forked.

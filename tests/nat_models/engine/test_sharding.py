@@ -1,5 +1,4 @@
 import gc
-import socket
 from functools import partial
 
 import pytest
@@ -124,9 +123,7 @@ def fit(strategy, optimizer, epochs, resumed=None, **options):
 @pytest.fixture
 def _alone(monkeypatch):
     """A group of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     yield
     if distributed.is_initialized():
