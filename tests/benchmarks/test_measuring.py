@@ -52,3 +52,13 @@ def test_a_larger_copy_takes_longer():
     with torch.cuda.stream(torch.cuda.Stream()):
         times = [graph_time(lambda x=x: x.clone()).median for x in (small, large)]
     assert times[1] > 10 * times[0] > 0
+
+
+@pytest.mark.gpu
+def test_graphs_that_are_gone_leave_their_memory_to_the_next():
+    fifth = torch.cuda.mem_get_info()[0] // 5
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(6):
+            assert graph_time(
+                lambda: torch.empty(fifth, dtype=torch.uint8, device="cuda")[0].zero_()
+            )
