@@ -3,9 +3,9 @@
     output = [residual + gamma *] [gelu]([layer_norm](x) @ weight.T + bias)
 
 Brackets are optional: x [M, K], weight [N, K], bias and gamma [N], residual and output [M, N].
-With few rows nothing but latency counts: of launches, of loads that wait for one another, of sums
-whose terms wait for one another. So a program computes a small tile; where K fits into one block it
-loads all that it needs before it computes; and its warps may each sum a part of the channels.
+With few rows nothing but latency counts: of launches, and of loads that wait for one another. So a
+program computes a small tile, and where K fits into one block it loads all that it needs before it
+computes.
 
 A launch may overlap with the end of the kernel before it in the stream (programmatic dependent
 launch): only the weight, the bias and gamma are read before that has ended.
@@ -21,10 +21,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nat_models.fused.kernels.gelu import gelu
-from neighborhood_attention.backends.triton.launch import CACHED_PROBLEMS, Launch
+from neighborhood_attention.backends.triton.launch import CACHED_PROBLEMS, Launch, can_overlap
 
 # Channels that a normalized row may have: a program holds its rows.
 MAX_NORM_CHANNELS = 1024
+# Rows and columns of a program, the largest first.
+BLOCKS = (64, 64), (32, 64), (16, 64), (16, 32), (16, 16)
 
 
 class Tile(NamedTuple):
@@ -33,21 +35,21 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     channels: int  # of a step
-    splits: int  # parts of these, summed apart
     warps: int
     stages: int
     overlaps: bool = True  # with the kernel before
 
 
 def choose_tile(rows: int, channels: int, width: int, has_norm: bool) -> Tile:
-    """By estimate: a hundred to some hundred programs, and no long sum in one warp."""
+    """The largest of those that are fast of which there are a hundred: see benchmarks/NOTES.md."""
     whole = max(16, triton.next_power_of_2(channels))
-    step = whole if has_norm or whole <= 256 else 256
-    if rows * width >= 2**18 and step <= 512:
-        m, n, splits = 32, 64, 1
-    else:
-        m, n, splits = 16, 32 if rows * width >= 2**15 else 16, 4 if whole >= 256 else 1
-    return Tile(m, n, step, splits, 4 if m * step <= 2**13 else 8, 1 if step == whole else 4)
+    step = whole if has_norm or whole <= 256 else 128
+    m, n = next((tile for tile in BLOCKS if _programs(rows, width, *tile) >= 100), BLOCKS[-1])
+    return Tile(m, n, step, 4 if m * step <= 2**13 else 8, 1 if step == whole else 3)
+
+
+def _programs(rows: int, width: int, m: int, n: int) -> int:
+    return triton.cdiv(rows, m) * triton.cdiv(width, n)
 
 
 def forward(
@@ -83,13 +85,12 @@ def _launch(
     device: torch.device, *dtypes: Any,
 ) -> Launch:  # fmt: skip
     tile = tile or choose_tile(rows, channels, width, dtypes[3] is not None)
-    overlaps = tile.overlaps and device.type == "cuda"
+    overlaps = tile.overlaps and can_overlap(device)
     arguments = {
         "rows": rows, "EPS": eps, "CHANNELS": channels, "WIDTH": width, "HAS_GELU": has_gelu,
-        "M": tile.rows, "N": tile.columns, "K": tile.channels, "SPLITS": tile.splits,
-        "OVERLAPS": overlaps,
+        "M": tile.rows, "N": tile.columns, "K": tile.channels, "OVERLAPS": overlaps,
     }  # fmt: skip
-    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
+    programs = _programs(rows, width, tile.rows, tile.columns)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": overlaps}
     return Launch(_small_linear_kernel, programs, arguments, **options)
 
@@ -98,22 +99,17 @@ def _launch(
 def _small_linear_kernel(
     x, weight, bias, norm_weight, norm_bias, gamma, residual, output, rows,
     EPS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HAS_GELU: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One tile; tiles of the same columns follow one another. Grid: (tiles,)."""
     row_tiles = tl.cdiv(rows, M)
     row = tl.program_id(0) % row_tiles * M + tl.arange(0, M)
     column = tl.program_id(0) // row_tiles * N + tl.arange(0, N)
-    if SPLITS == 1:
-        right_channel, right_column = tl.arange(0, K)[:, None], column[None, :]
-    else:
-        right_channel, right_column = _parts(K, SPLITS)[:, :, None], column[None, None, :]
-    right = weight + right_column * CHANNELS + right_channel
+    channel = tl.arange(0, K)
+    right = weight + column[None, :] * CHANNELS + channel[:, None]
     if K >= CHANNELS:
-        weights = _load(right, right_channel, right_column, CHANNELS, WIDTH)
+        weights = _load(right, channel[:, None], column[None, :], CHANNELS, WIDTH)
     if norm_weight is not None:
-        channel = tl.arange(0, K)
         norm_scale = tl.load(norm_weight + channel, channel < CHANNELS, 0.0).to(tl.float32)
         norm_shift = tl.load(norm_bias + channel, channel < CHANNELS, 0.0).to(tl.float32)
     if bias is not None:
@@ -127,31 +123,22 @@ def _small_linear_kernel(
     exists = (row < rows)[:, None] & (column < WIDTH)[None, :]
     if residual is not None:
         added = tl.load(residual + offset, exists, 0.0).to(tl.float32)
+    left = x + row[:, None].to(tl.int64) * CHANNELS + channel[None, :]
     if K >= CHANNELS:
-        left_row, left_channel = row[:, None], tl.arange(0, K)[None, :]
-        left = x + left_row.to(tl.int64) * CHANNELS + left_channel
-        values = _load(left, left_row, left_channel, rows, CHANNELS)
+        values = _load(left, row[:, None], channel[None, :], rows, CHANNELS)
         if norm_weight is not None:
             values = _normalize(
-                values, left_channel < CHANNELS, norm_scale, norm_shift, EPS, CHANNELS
+                values, (channel < CHANNELS)[None, :], norm_scale, norm_shift, EPS, CHANNELS
             )
-        values = values.to(weights.dtype)
-        if SPLITS > 1:
-            values = values.reshape(M, SPLITS, K // SPLITS).permute(1, 0, 2)
-        products = tl.dot(values, weights)
+        result = tl.dot(values.to(weights.dtype), weights)
     else:
-        if SPLITS == 1:
-            left_row, left_channel = row[:, None], tl.arange(0, K)[None, :]
-            products = tl.zeros((M, N), tl.float32)
-        else:
-            left_row, left_channel = row[None, :, None], _parts(K, SPLITS)[:, None, :]
-            products = tl.zeros((SPLITS, M, N), tl.float32)
-        left = x + left_row.to(tl.int64) * CHANNELS + left_channel
+        result = tl.zeros((M, N), tl.float32)
         for start in range(0, CHANNELS, K):
-            values = _load(left + start, left_row, left_channel, rows, CHANNELS - start)
-            weights = _load(right + start, right_channel, right_column, CHANNELS - start, WIDTH)
-            products = tl.dot(values, weights, products)
-    result = products if SPLITS == 1 else tl.sum(products, 0)
+            values = _load(left + start, row[:, None], channel[None, :], rows, CHANNELS - start)
+            weights = _load(
+                right + start, channel[:, None], column[None, :], CHANNELS - start, WIDTH
+            )
+            result = tl.dot(values, weights, result)
     if bias is not None:
         result += shift[None, :]
     if HAS_GELU:
@@ -161,12 +148,6 @@ def _small_linear_kernel(
     if residual is not None:
         result += added
     tl.store(output + offset, result.to(output.dtype.element_ty), exists)
-
-
-@triton.jit
-def _parts(K: tl.constexpr, SPLITS: tl.constexpr):
-    """Channels of a block, [SPLITS, K // SPLITS]."""
-    return tl.arange(0, SPLITS)[:, None] * (K // SPLITS) + tl.arange(0, K // SPLITS)[None, :]
 
 
 @triton.jit

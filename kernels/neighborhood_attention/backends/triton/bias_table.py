@@ -26,17 +26,14 @@ from neighborhood_attention.backends.triton.launch import (
 from neighborhood_attention.backends.triton.registers import in_registers
 from neighborhood_attention.backends.triton.tiles import TilePlan, three_axes
 from neighborhood_attention.backends.triton.window import (
-    attending_end,
-    attending_start,
-    bias_index,
+    attending_pairs,
     block_positions,
     flat_block,
     group_length,
+    pairs_bias,
     ring_strip,
     strip_start,
     tile_range,
-    window_end,
-    window_start,
 )
 from neighborhood_attention.geometry import Neighborhood
 
@@ -108,16 +105,11 @@ def _build_kernel(
         0, 0,
     )  # fmt: skip
     attends = attends_d & attends_h & attends_w
-    bias = tl.zeros(attends.shape, tl.float32)
-    if rpb is not None:
-        index = head * (2 * KERNEL_SIZE[0] - 1) + index_d
-        index = index * (2 * KERNEL_SIZE[1] - 1) + index_h
-        index = index * (2 * KERNEL_SIZE[2] - 1) + index_w
-        bias += tl.load(rpb + index, mask=attends, other=0.0).to(tl.float32) * 1.4426950408889634
+    bias = pairs_bias(rpb, head, attends, index_d, index_h, index_w, KERNEL_SIZE)
     if table.dtype.element_ty == tl.float16:  # only an infinite bias becomes infinite there
         limited = tl.minimum(tl.maximum(bias, -65504.0), 65504.0)
         bias = tl.where(tl.abs(bias) < float("inf"), limited, bias)
-    bias = tl.where(attends, bias, float("-inf")).to(table.dtype.element_ty)
+    bias = bias.to(table.dtype.element_ty)
     ROWS: tl.constexpr = attends.shape[0]
     COLUMNS: tl.constexpr = attends.shape[1]
     bias = in_registers(bias, ROWS, COLUMNS, ROW_WARPS, COLUMN_WARPS)
@@ -144,12 +136,4 @@ def _axis_block(
         start, _ = tile_range(tile, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, TILE, OF_KEYS)
     inner = (tile * TILE + tile_token)[:, None]
     outer = (start + strip_token)[None, :]
-    if OF_KEYS:
-        first = attending_start(inner, KERNEL_SIZE, STRIDE, IS_CAUSAL)
-        end = attending_end(inner, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
-        index = bias_index(outer, inner, KERNEL_SIZE)
-    else:
-        first = window_start(inner, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
-        end = window_end(inner, first, KERNEL_SIZE, IS_CAUSAL)
-        index = bias_index(inner, outer, KERNEL_SIZE)
-    return (inner < length) & (outer >= first) & (outer < end), index
+    return attending_pairs(inner, outer, length, KERNEL_SIZE, STRIDE, IS_CAUSAL, OF_KEYS)

@@ -21,6 +21,11 @@ from torch import Tensor
 
 from neighborhood_attention.backends import Inputs
 from neighborhood_attention.backends.triton.bias_table import BiasTable
+from neighborhood_attention.backends.triton.fused_direct_forward import (
+    NoTable,
+    direct_forward,
+    direct_plan,
+)
 from neighborhood_attention.backends.triton.fused_ring_forward import is_worth_it, ring_forward
 from neighborhood_attention.backends.triton.fused_whole_group_forward import whole_group_forward
 from neighborhood_attention.backends.triton.launch import (
@@ -92,7 +97,8 @@ def forward_packed(
         table, launch, takes_additional = _prepare(description, window, scale, is_aligned)
         built = table.build(rpb)
         additional = (0, 0) if takes_additional else ()
-        results = built.data_ptr(), output.data_ptr(), lse.data_ptr()
+        bias = 0 if built is None else built.data_ptr()
+        results = bias, output.data_ptr(), lse.data_ptr()
         if not launch.at([query, query + step, query + 2 * step, *additional, *results]):
             none = (None,) * len(additional)
             launch(*qkv.unbind(-3), *none, built, output, lse)
@@ -102,15 +108,18 @@ def forward_packed(
 @lru_cache(CACHED_PROBLEMS)
 def _prepare(
     description: tuple[Any, ...], window: Neighborhood, scale: float, is_aligned: bool
-) -> tuple[BiasTable, Launch, bool]:
+) -> tuple[BiasTable | NoTable, Launch, bool]:
     problem = Problem.of(description)
+    settings = {
+        **scale_arguments(scale), **problem.map_arguments(), **problem.head_arguments,
+        **problem.additional_arguments, **window_arguments(window),
+    }  # fmt: skip
+    direct = direct_plan(problem, window)
+    if direct is not None:
+        return NoTable(), direct_forward(problem, direct, settings), False
     plan = _choose_plan(problem, window, is_aligned)
     table = BiasTable(problem, window, plan)
-    settings = {
-        "table_stride": table.head_stride, **scale_arguments(scale),
-        **problem.map_arguments(), **problem.head_arguments, **problem.additional_arguments,
-        **window_arguments(window),
-    }  # fmt: skip
+    settings["table_stride"] = table.head_stride
     if plan.in_ring:
         return table, ring_forward(problem, plan, settings), False
     is_whole_group = plan.holds_groups and plan.tile.tile == plan.tile.strip

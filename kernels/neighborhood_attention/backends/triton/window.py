@@ -411,3 +411,36 @@ def add_strip(running_max, running_sum, running_output, s, v, PRECISION: tl.cons
     new_sum = running_sum * decay + tl.sum(p, 1)
     output = running_output * decay[:, None]
     return new_max, new_sum, tl.dot(p.to(v.dtype), v, output, input_precision=PRECISION)
+
+
+@triton.jit
+def attending_pairs(
+    inner, outer, length,
+    KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """On one axis, which queries `inner` attend to which keys `outer`, or the other way round.
+
+    And the indices of the pairs into the bias.
+    """
+    if OF_KEYS:
+        first = attending_start(inner, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+        end = attending_end(inner, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+        index = bias_index(outer, inner, KERNEL_SIZE)
+    else:
+        first = window_start(inner, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+        end = window_end(inner, first, KERNEL_SIZE, IS_CAUSAL)
+        index = bias_index(inner, outer, KERNEL_SIZE)
+    return (inner < length) & (outer >= first) & (outer < end), index
+
+
+@triton.jit
+def pairs_bias(rpb, head, attends, index_d, index_h, index_w, KERNEL_SIZE: tl.constexpr):
+    """Bias of pairs in powers of 2, fp32: 0 without one, -inf where they do not attend."""
+    bias = tl.zeros(attends.shape, tl.float32)
+    if rpb is not None:
+        index = head * (2 * KERNEL_SIZE[0] - 1) + index_d
+        index = index * (2 * KERNEL_SIZE[1] - 1) + index_h
+        index = index * (2 * KERNEL_SIZE[2] - 1) + index_w
+        bias += tl.load(rpb + index, mask=attends, other=0.0).to(tl.float32) * 1.4426950408889634
+    return tl.where(attends, bias, float("-inf"))
