@@ -26,7 +26,8 @@ from neighborhood_attention.backends.triton.launch import CACHED_PROBLEMS, Launc
 # Channels that a normalized row may have: a program holds its rows.
 MAX_NORM_CHANNELS = 1024
 # Rows and columns of a program, the largest first.
-BLOCKS = (64, 64), (32, 64), (16, 64), (16, 32), (16, 16)
+BLOCKS = (32, 64), (16, 64), (16, 32), (16, 16)
+PROGRAMS = 64  # at least, where blocks can be so small
 
 
 class Tile(NamedTuple):
@@ -41,10 +42,14 @@ class Tile(NamedTuple):
 
 
 def choose_tile(rows: int, channels: int, width: int, has_norm: bool) -> Tile:
-    """The largest of those that are fast of which there are a hundred: see benchmarks/NOTES.md."""
+    """The largest block that leaves enough programs: few that are busy, as a launch waits for all.
+
+    Within a tenth of the fastest at most of one image's layers (benchmarks/NOTES.md).
+    """
     whole = max(16, triton.next_power_of_2(channels))
     step = whole if has_norm or whole <= 256 else 128
-    m, n = next((tile for tile in BLOCKS if _programs(rows, width, *tile) >= 100), BLOCKS[-1])
+    enough = (block for block in BLOCKS if _programs(rows, width, *block) >= PROGRAMS)
+    m, n = next(enough, BLOCKS[-1])
     return Tile(m, n, step, 4 if m * step <= 2**13 else 8, 1 if step == whole else 3)
 
 
