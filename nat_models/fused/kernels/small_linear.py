@@ -28,6 +28,7 @@ MAX_NORM_CHANNELS = 1024
 # Rows and columns of a program, the largest first.
 BLOCKS = (32, 64), (16, 64), (16, 32), (16, 16)
 PROGRAMS = 64  # at least, where blocks can be so small
+MAX_ROWS, MAX_WEIGHTS = 2**14, 2**15  # elements that a program's registers hold
 
 
 class Tile(NamedTuple):
@@ -48,7 +49,8 @@ def choose_tile(rows: int, channels: int, width: int, has_norm: bool) -> Tile:
     """
     whole = max(16, triton.next_power_of_2(channels))
     step = whole if has_norm or whole <= 256 else 128
-    enough = (block for block in BLOCKS if _programs(rows, width, *block) >= PROGRAMS)
+    fitting = [(m, n) for m, n in BLOCKS if m * step <= MAX_ROWS and n * step <= MAX_WEIGHTS]
+    enough = (block for block in fitting if _programs(rows, width, *block) >= PROGRAMS)
     m, n = next(enough, BLOCKS[-1])
     return Tile(m, n, step, 4 if m * step <= 2**13 else 8, 1 if step == whole else 3)
 

@@ -102,6 +102,7 @@ def test_chosen_tiles_hold_normalized_rows(rows, channels):
         tile = small_linear.choose_tile(rows, channels, 3 * channels, has_norm)
         assert tile.channels >= channels or not has_norm
         assert min(tile.rows, tile.columns, tile.channels) >= 16  # tensor cores take no less
+        assert max(tile.rows, tile.columns // 2) * tile.channels <= 2**14  # else registers spill
 
 
 def test_nothing_is_read_beyond_the_rows():
