@@ -1,10 +1,12 @@
 """Tables and pictures of whole models, from the results of models.py."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from measuring import Record, markdown_table
 from models import TINY
 
@@ -157,6 +159,7 @@ def accuracy_throughput(result: Record) -> Figure | None:
     figure, panels = _panels(records, lambda r: (r["pass"], r["precision"]))
     for (kind, precision), axes, found in panels:
         fastest: dict[str, Record] = {}
+        labels: list[tuple[float, float, str, str]] = []
         for r in sorted(found, key=lambda r: r["images_per_second"]):
             fastest[r["model"]] = r
         for model, r in fastest.items():
@@ -169,17 +172,39 @@ def accuracy_throughput(result: Record) -> Figure | None:
             point.set_gid(f"tip:{tip}")
             name, side = model.split("_patch")[0].split(".")[0], str(r["input_size"][-1])
             name += "" if side == "224" or side in name else f" {side}"
-            axes.annotate(
-                name, (r["images_per_second"], TOP1[model]), xytext=(0, 7), ha="center",
-                textcoords="offset points", fontsize=9, color=COLORS[ours],
-            )  # fmt: skip
+            labels.append((r["images_per_second"], TOP1[model], name, COLORS[ours]))
         axes.set_title(f"{kind}, {precision}", fontsize=11)
         axes.set_xlabel("images a second, fastest execution")
         axes.set_ylabel("top-1 on ImageNet-1k, published, %")
         axes.margins(0.25)
         axes.set_xlim(0, 1.25 * max(r["images_per_second"] for r in found))
         axes.grid(alpha=0.3)
+        annotate(axes, labels)
     return figure
+
+
+def annotate(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each point's name (x, y, name, color) beside it, where it hides no point or name."""
+    figure = cast(Figure, axes.get_figure())
+    FigureCanvasAgg(figure).draw()  # settles the layout, and with it the pixels of the points
+    points = axes.transData.transform([label[:2] for label in labels])
+    around = [Bbox.from_extents(x - 10, y - 10, x + 10, y + 10) for x, y in points]
+    frame, taken = axes.get_window_extent(), []
+    for number, (x, y, name, color) in enumerate(labels):
+        others = [*around[:number], *around[number + 1 :], *taken]
+        for place in ((0, 7), (0, -15), (8, -3), (-8, -3), (8, 10), (-8, 10), (8, -16), (-8, -16)):
+            side = "center" if place[0] == 0 else "left" if place[0] > 0 else "right"
+            text = axes.annotate(
+                name, (x, y), xytext=place, ha=side, textcoords="offset points", fontsize=8,
+                color=color,
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if box.count_overlaps(others) == 0 and frame.x0 < box.x0 and box.x1 < frame.x1:
+                break
+            text.remove()
+        else:  # a name that might be another's is worse than none
+            continue
+        taken.append(box)
 
 
 def components(result: Record) -> Figure | None:
@@ -230,14 +255,14 @@ GENERATIONS = "naive", "gemm", "fused"
 
 
 def _generations(result: Record) -> Iterator[tuple[tuple[Any, ...], dict[str, float]]]:
-    """Images a second by backend, of models that more than one was measured of."""
+    """Images a second by backend, of models that more than one was measured of in one run."""
     found: dict[tuple[Any, ...], dict[str, float]] = {}
     for r in _ok(result):
         if r.get("attention_backend") in GENERATIONS:
             key = r["model"], r["pass"], r["execution"], r["precision"], r["batch_size"]
-            side = r["input_size"][-1]
-            found.setdefault((*key, side), {})[r["attention_backend"]] = r["images_per_second"]
-    for (*key, _), speeds in found.items():
+            run = _run(r), r["input_size"][-1]
+            found.setdefault((*key, *run), {})[r["attention_backend"]] = r["images_per_second"]
+    for (*key, _, _), speeds in found.items():
         if len(speeds) > 1:
             yield tuple(key), speeds
 

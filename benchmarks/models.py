@@ -125,7 +125,7 @@ PRESETS = {
     "backends": [
         Grid(("nat_tiny", "dinat_tiny"), INFERENCE, ("compiled",), (*GENERATIONS, "flex", "natten"),
              precisions=("bfloat16-true",)),
-        Grid(("nat_tiny", "dinat_tiny"), TRAINING, ("compiled",),
+        Grid(("nat_tiny", "dinat_tiny"), TRAINING, ("cuda_graphs",),
              (*GENERATIONS, "flex", "natten")),
     ],
     "paper": [

@@ -55,6 +55,16 @@ def test_improvements_are_of_one_condition():
     assert "training" not in last
 
 
+def test_speeds_of_different_runs_are_not_compared():
+    records = [
+        record("nat_tiny", 100, "naive") | {"run": "first"},
+        record("nat_tiny", 150, "gemm") | {"run": "first"},
+        record("nat_tiny", 120, "fused") | {"run": "second"},
+    ]
+    last = model_report.tables(result(*records)).split("\n")[-1]
+    assert "| 100 | 150 | - | +50 % | - | - |" in last
+
+
 def test_the_summary_has_a_column_a_model_ours_first():
     single = record("nat_tiny", 800, "fused", execution="cuda_graphs", batch_size=1)
     others = record("convnext_tiny", 2000), record("nat_tiny", 9999, "naive")
@@ -124,6 +134,24 @@ def test_the_fastest_execution_stands_for_a_model():
     points = {tuple(line.get_xydata()[0]) for line in axes.lines}
     assert points == {(3000, 83.2), (2000, 82.1)}
     assert sorted(texts(figure)) == ["convnext_tiny", "nat_tiny"]
+
+
+def test_names_of_points_hide_neither_names_nor_points():
+    figure = model_report.accuracy_throughput(
+        result(
+            record("nat_tiny", 1000, "fused"),
+            record("nat_mini", 20, "fused"),
+            record("swin_small_patch4_window7_224", 1010),
+            record("convnext_small", 1020),
+        )
+    )
+    [axes] = figure.axes
+    assert sorted(texts(figure)) == ["convnext_small", "nat_mini", "nat_tiny", "swin_small"]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [box.count_overlaps(boxes) for box in boxes] == [1] * len(boxes)  # itself
+    for line in axes.lines:
+        point = axes.transData.transform(line.get_xydata()[0])
+        assert not any(box.contains(*point) for box in boxes)
 
 
 def test_bars_add_up_to_the_step():
