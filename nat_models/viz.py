@@ -165,7 +165,8 @@ def _attention_inputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"{type(model).__name__} has no NeighborhoodAttention2D")
     training = model.training
     try:
-        with torch.no_grad():
+        # Compiled code knows nothing of hooks that came after it.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model.eval()(image.unsqueeze(0))
     finally:
         model.train(training)

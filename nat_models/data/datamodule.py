@@ -182,7 +182,7 @@ class ImageDataModule(LightningDataModule):
     def prepare(self, picture: Image) -> tuple[Tensor, NDArray[np.uint8]]:
         """A picture as the model is fed it in evaluation, and as uint8 [H, W(, 3)]."""
         transform = create_transform(**{**self.config, "use_prefetcher": True})
-        pixels = torch.as_tensor(transform(picture))
+        pixels = torch.as_tensor(transform(picture)).contiguous()  # as batches are
         return self._normalise(pixels), pixels.permute(1, 2, 0).squeeze(-1).numpy()
 
     def train_dataloader(self) -> DataLoader[Batch] | DevicePrefetcher:

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from PIL.Image import Image
+from torch import Tensor
 
 from nat_models import viz
 from nat_models.data import ImageDataModule
 from nat_models.data.images import decode
+from nat_models.engine.execution import choose_execution
 from nat_models.engine.labels import class_names
 from nat_models.engine.module import Classifier
 from nat_models.engine.setup import given_data, make_trainer
@@ -45,28 +47,39 @@ def name_pictures(
         data = _settings(cfg, trained)
         data.follow(module.model)
         names = class_names(module, None, trained)
-        device = make_trainer(cfg).strategy.root_device
-        model = module.model.to(device).eval()
+        trainer = make_trainer(cfg)
+        # So few are never worth compiling for, but where that was asked for.
+        module.run_by(choose_execution(cfg, trainer, module.model, batch_size=1, is_long=False))
+        device, precision = trainer.strategy.root_device, trainer.precision_plugin
+        precision.convert_module(module).to(device).eval()
         found = {}
         for path in paths:
             image = _read(path, data)
             if image is None:
                 continue
             pixels, picture = data.prepare(image)
-            with torch.inference_mode():
-                probabilities = model(pixels[None].to(device))[0].float().softmax(-1).cpu()
+            pixels = precision.convert_input(pixels.to(device))
+            with torch.inference_mode(), precision.val_step_context():
+                probabilities = module(pixels[None])[0].float().softmax(-1).cpu()
             shares, classes = probabilities.topk(min(5, len(names)))
             top = [(names[c], float(p)) for c, p in zip(classes, shares, strict=True)]
             found[path.name] = top
             _log.info("%s: %s", path.name, ", ".join(f"{name} {p:.1%}" for name, p in top))
             if cfg.attention is not None:
-                layer = None if cfg.attention == "auto" else cfg.attention
-                figure = viz.neighborhoods(model, pixels.to(device), picture, layer)
-                Path(cfg.output).mkdir(parents=True, exist_ok=True)
-                figure.savefig(Path(cfg.output, f"{path.stem}_attention.png"))
+                with precision.val_step_context():
+                    _draw_attention(cfg, module, pixels, picture, path)
     if data.complaints.count:
         _log.warning("%d of %d pictures could not be read", data.complaints.count, len(paths))
     return found
+
+
+def _draw_attention(
+    cfg: DictConfig, module: Classifier, pixels: Tensor, picture: viz.Picture, path: Path
+) -> None:
+    layer = None if cfg.attention == "auto" else cfg.attention
+    figure = viz.neighborhoods(module.model, pixels, picture, layer)
+    Path(cfg.output).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(cfg.output, f"{path.stem}_attention.png"))
 
 
 def _settings(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:

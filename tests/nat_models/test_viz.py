@@ -83,6 +83,14 @@ def test_training_mode_and_hooks_are_as_before(model):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_compiled_models_are_looked_into(model):
+    image, picture = torch.randn(1, 28, 28), np.zeros((28, 28), np.uint8)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(image[None])
+    assert "on a 14x14 map" in viz.neighborhoods(model, image, picture).get_suptitle()
+
+
 def test_layer_that_is_not_there(model):
     picture = np.zeros((28, 28), np.uint8)
     with pytest.raises(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from nat_models.data import ImageDataModule
 from nat_models.engine.evaluation import evaluate
@@ -85,6 +86,59 @@ def test_pictures_go_where_the_trainer_does(compose, tmp_path, monkeypatch):
     assert devices == 3 * [torch.device("cpu")]
 
 
+def classifier() -> tuple[Classifier, list[Tensor]]:
+    """A small model of colour images, and the list of what it will be fed."""
+    small = {"embed_dim": 32, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+    module, fed = Classifier(model={"name": "nat_mini", **small}), []
+    module.model.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
+    return module, fed
+
+
+@pytest.mark.parametrize(
+    ("options", "autocast", "innermost", "compiled"),
+    [
+        ([], None, False, []),
+        (["trainer.precision=bf16-mixed"], torch.bfloat16, False, []),
+        (["channels_last=true"], None, True, []),
+        (["compile=default"], None, False, ["default"]),
+    ],
+    ids=["auto", "precision", "channels_last", "compile"],
+)
+def test_pictures_run_as_an_evaluation_does(
+    compose, tmp_path, monkeypatch, options, autocast, innermost, compiled
+):
+    three_pictures(tmp_path)
+    module, fed = classifier()
+    casts, modes = [], []
+    module.model.register_forward_pre_hook(
+        lambda *_: casts.append(
+            torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        )
+    )
+    monkeypatch.setattr(module.model, "compile", lambda mode, **_: modes.append(mode))
+    cfg = compose("eval", f"images={tmp_path}", "trainer.accelerator=cpu", *options)
+    name_pictures(cfg, module, None)
+    assert casts == 3 * [autocast]
+    layouts = [images.is_contiguous(memory_format=torch.channels_last) for images in fed]
+    assert layouts == 3 * [innermost]
+    assert modes == compiled
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)],
+    ids=["mixed", "true"],
+)
+def test_attention_is_drawn_in_any_precision(compose, tmp_path, precision, dtype):
+    three_pictures(tmp_path)
+    module, fed = classifier()
+    options = [f"images={tmp_path}", "attention=auto", f"output={tmp_path}/out"]
+    options += ["trainer.accelerator=cpu", f"trainer.precision={precision}"]
+    name_pictures(compose("eval", *options), module, None)
+    assert [images.dtype for images in fed] == 6 * [dtype]
+    assert len(list((tmp_path / "out").glob("*_attention.png"))) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -92,9 +146,10 @@ def test_pictures_go_where_the_trainer_does(compose, tmp_path, monkeypatch):
         (["images=EMPTY"], r"images=.*: holds no picture"),
         (["images=TEXT"], r"images=.*x\.png: cannot identify"),
         (["images=PICTURE", "trainer.accelerator=none"], r"`none`|'none'"),
+        (["images=PICTURE", "compile=max"], r"compile=max: expected auto, false, default"),
         (["images=TEXT", "attention=auto"], r"attention=auto: expected output=FOLDER"),
     ],
-    ids=["missing", "empty", "text", "accelerator", "no_output"],
+    ids=["missing", "empty", "text", "accelerator", "compile", "no_output"],
 )
 def test_bad_input_is_named(compose, tmp_path, options, message):
     (tmp_path / "empty").mkdir()
