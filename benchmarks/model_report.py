@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from measuring import Record, markdown_table
-from models import TINY
+from models import GENERATIONS, TINY
 
 from nat_models.verify_weights import PUBLISHED_TOP1
 
@@ -142,7 +142,10 @@ def figures(result: Record) -> dict[str, Figure]:
         "where the time goes": components(result),
         "fused over naive and gemm": speed_ups(result),
     }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    found = {name: figure for name, figure in drawn.items() if figure is not None}
+    for figure in found.values():
+        figure.suptitle(result["device"], fontsize=12)
+    return found
 
 
 def accuracy_throughput(result: Record) -> Figure | None:
@@ -209,7 +212,11 @@ def annotate(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> Non
 
 def components(result: Record) -> Figure | None:
     """Milliseconds of a step on the GPU by part of the model, and idle."""
-    records = [r for r in _ok(result) if "component_ms" in r]
+    records = [
+        r
+        for r in _ok(result)
+        if "component_ms" in r and r.get("attention_backend") in (None, *GENERATIONS)
+    ]
     figure, panels = _panels(records, lambda r: (r["pass"], r["batch_size"], r["precision"]), 0.32)
     for (kind, batch_size, precision), axes, found in panels:
         labels = [_label(r) for r in found]
@@ -247,11 +254,10 @@ def speed_ups(result: Record) -> Figure | None:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_title(_condition(*condition), fontsize=11)
         axes.set_xlabel("times as fast on the fused kernels")
-        axes.legend(fontsize=9)
+    if figure is not None:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=9)
     return figure
-
-
-GENERATIONS = "naive", "gemm", "fused"
 
 
 def _generations(result: Record) -> Iterator[tuple[tuple[Any, ...], dict[str, float]]]:
