@@ -279,13 +279,15 @@ class ImageDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalise; in training also erase and mix, targets to probabilities [B, classes].
 
-        A batch without targets gets a blank image, for the model to run in all processes.
+        Images get the precision of the model. A batch without targets gets a blank image, for the
+        model to run in all processes.
         """
         assert self.trainer is not None
         images, targets = batch
+        precision = self.trainer.precision_plugin
         if not len(targets):  # none is left, or none could be read
             images = torch.zeros(1, *self.config["input_size"], device=targets.device)
-            return images, targets
+            return precision.convert_input(images), targets
         images = self._normalise(images)
         if self.trainer.training:
             if self._erase:
@@ -293,7 +295,7 @@ class ImageDataModule(LightningDataModule):
                 images = self._erase(images)
             if self._mix:
                 images, targets = self._mix(images, targets)
-        return images, targets
+        return precision.convert_input(images), targets
 
     def _check_labels(self, targets: Tensor) -> None:
         classes = self._classes

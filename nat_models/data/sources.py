@@ -1,13 +1,14 @@
 """Opening a data set by name: small packaged ones, synthetic images, and all that timm opens."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
+from timm.data.readers.img_extensions import is_img_extension
 from timm.data.readers.reader import Reader
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData
@@ -100,10 +101,14 @@ def class_indices(data: Dataset[Any]) -> dict[str, int] | None:
 
 
 def training_classes(root: str | None, split: str) -> dict[str, int] | None:
-    """Class index by name of the training split's folders, None if there is no such split."""
+    """Class index by name of the training split's folders, None if there is no such split.
+
+    As timm numbers them, but a class's folder is read to its first image alone.
+    """
     for name in (split, "train", "training"):
         if root is not None and Path(root, name).is_dir():
-            return dict(find_images_and_targets(str(Path(root, name)), sort=False)[1])
+            classes = sorted(_class_folders(Path(root, name)), key=natural_key)
+            return {name: i for i, name in enumerate(classes)}
     return None
 
 
@@ -206,6 +211,27 @@ def _load_class_map(class_map: ClassMap, root: Path) -> dict[str, int] | None:
         return {str(name): i for name, i in load_class_map(class_map, str(root)).items()}
     except (AssertionError, ValueError, OSError) as error:
         raise ValueError(f"data.class_map={class_map}: {error}") from error
+
+
+def _class_folders(root: os.PathLike[str]) -> set[str]:
+    """Names of the folders with images below one: its own, or where they hold none, theirs."""
+    names = set()
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                names |= {entry.name} if _holds_image(entry) else _class_folders(entry)
+            elif _is_image(entry):
+                names.add("")  # as timm calls what lies in no folder
+    return names
+
+
+def _holds_image(folder: os.PathLike[str]) -> bool:
+    with os.scandir(folder) as entries:
+        return any(_is_image(entry) and not entry.is_dir() for entry in entries)
+
+
+def _is_image(path: os.PathLike[str]) -> bool:
+    return bool(is_img_extension(Path(path).suffix.lower()))
 
 
 def _check_no_class_is_empty(root: Path, classes: dict[str, int]) -> None:

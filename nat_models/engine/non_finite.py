@@ -38,7 +38,7 @@ def clip_or_skip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if all(group.get("fused") for group in optimizer.param_groups):  # a checkpoint may tell another
+    if all(group.get("fused") for group in optimizer.param_groups):
         # What GradScaler does: the kernel leaves out the update.
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     elif not norm.isfinite():

@@ -35,7 +35,10 @@ def create_optimizer(
         # With fp16 a fused optimizer would see gradients that are scaled, and not clipped.
         on_gpu = trainer.strategy.root_device.type == "cuda"
         options["fused"] = on_gpu and trainer.precision != "16-mixed"
-    return create_optimizer_v2(model, **options)
+    optimizer = create_optimizer_v2(model, **options)
+    if "fused" in options:
+        optimizer.register_load_state_dict_pre_hook(_stay_as_fused)
+    return optimizer
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:
@@ -53,6 +56,13 @@ def lay_out_as_weights(optimizer: Optimizer) -> None:
             same_shape = isinstance(value, Tensor) and value.shape == weight.shape
             if same_shape and value.stride() != weight.stride():
                 state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def _stay_as_fused(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What to load: a checkpoint's switch is its own run's, on its device and in its precision."""
+    fused = optimizer.defaults["fused"]
+    groups = [{**group, "fused": fused} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
 
 
 def param_groups(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 Operation = Literal["add_layer_norm", "mlp", "small_linear"]
 
@@ -147,6 +148,7 @@ def _is_observed() -> bool:
         or torch.compiler._is_exporting_flag  # is_exporting() is True for all that 2.11 compiles
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or bool(_has_any_global_hook())  # of all modules: each must be called
     )
 
 

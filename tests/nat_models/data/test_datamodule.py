@@ -60,6 +60,19 @@ def test_evaluation_follows_the_models_pretrained_cfg(image_folder):
     torch.testing.assert_close(normalised[0], transform(decode(data.sources["val"][0][0], "RGB")))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)],
+)
+def test_images_are_in_the_models_precision(image_folder, precision, dtype):
+    data = ImageDataModule("folder", str(image_folder))
+    data = attached(data, model_of((3, 32, 32), 3), training=False, precision=precision)
+    images, targets = on_device(data, next(iter(data.val_dataloader())))
+    assert images.dtype == dtype
+    none_left, _ = data.on_after_batch_transfer((images[:0], targets[:0]), 0)
+    assert none_left.dtype == dtype
+
+
 def test_own_arguments_go_before_the_models_and_one_channel_is_grey(image_folder):
     own = {"input_size": [1, 12, 12], "mean": [0.0], "std": [1.0]}
     data = attached(

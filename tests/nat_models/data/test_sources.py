@@ -1,12 +1,14 @@
 import io
+import os
 import struct
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import ImageDataset
 
-from nat_models.data.sources import class_indices, num_classes, open_dataset
+from nat_models.data.sources import class_indices, num_classes, open_dataset, training_classes
 
 
 def test_folder_finds_its_splits_and_classes(image_folder):
@@ -139,6 +141,50 @@ def test_a_flat_folders_class_that_the_class_map_has_not_is_named(labelled, clas
     root, labels = labelled("dog", "newt")
     with pytest.raises(ValueError, match=message):
         open_dataset("folder", root, "val", False, class_map, labels=labels)
+
+
+def test_training_classes_are_timms(image_folder):
+    train = image_folder / "train"
+    for name in ("empty", "c10", "c2", "group/emu", "group/owl", "notes"):
+        (train / name).mkdir(parents=True)
+    for name in ("c10/x.JPEG", "c2/.x.jpg", "group/emu/x.jpg", "group/owl/y.png", "notes/x.txt"):
+        (train / name).touch()
+    (train / "linked").symlink_to(image_folder / "val" / "cat")
+    classes = training_classes(str(image_folder), "train")
+    assert classes == class_indices(ImageDataset(str(train)))
+    assert [*classes] == ["c2", "c10", "cat", "dog", "emu", "linked", "newt", "owl"]
+    assert training_classes(str(image_folder), "none") == classes  # timm's other names of it
+    assert training_classes(str(train), "none") is None
+    (train / "x.png").touch()
+    classes = training_classes(str(image_folder), "train")
+    assert classes == class_indices(ImageDataset(str(train)))
+
+
+def test_training_folders_are_read_to_their_first_image(image_folder, monkeypatch):
+    scandir, read = os.scandir, []
+
+    class Noted:
+        def __init__(self, path):
+            self.entries = scandir(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            entry = next(self.entries)
+            read.append(entry.name)
+            return entry
+
+    monkeypatch.setattr(os, "scandir", Noted)
+    classes = training_classes(str(image_folder), "train")
+    assert classes == {"cat": 0, "dog": 1, "newt": 2}
+    assert sum(name.endswith(".png") for name in read) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning import Trainer
@@ -38,6 +40,31 @@ def test_only_a_gpu_gets_a_fused_optimizer():
     options = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.1}
     assert not create_optimizer(model, trainer, **options).defaults["fused"]
     assert not create_optimizer(model, None, **options).defaults["fused"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("fused", [True, False], ids=["to a GPU", "from a GPU"])
+def test_a_checkpoint_of_another_device_does_not_tell_whether_steps_are_fused(name, fused):
+    options = {"opt": name, "lr": 0.1, "weight_decay": 0.1}
+
+    def optimizer(device):
+        """On a layer that stays on the CPU, whose steps can be fused, too."""
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        trainer = SimpleNamespace(strategy=strategy, precision="32-true")
+        layer = torch.nn.Linear(3, 2)
+        layer(torch.ones(1, 3)).sum().backward()
+        return create_optimizer(layer, trainer, **options)
+
+    before, now = optimizer("cpu" if fused else "cuda"), optimizer("cuda" if fused else "cpu")
+    before.step()
+    before.param_groups[0]["lr"] = 0.5
+    saved = before.state_dict()
+    now.load_state_dict(saved)
+    assert [group["fused"] for group in now.param_groups] == 2 * [fused]
+    assert [group["fused"] for group in saved["param_groups"]] == 2 * [not fused]
+    assert now.param_groups[0]["lr"] == 0.5
+    torch.testing.assert_close(now.state_dict()["state"], saved["state"])
+    now.step()
 
 
 def test_state_takes_the_memory_layout_of_the_weights():

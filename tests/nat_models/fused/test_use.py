@@ -3,6 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 
 from nat_models import fused
 from nat_models.fused import use
@@ -111,6 +117,31 @@ def test_what_is_no_plain_tensor_is_left_alone(on_hopper):
         assert not torch.func.vmap(lambda x: x * int(fused.norm_is_used(x)))(
             torch.ones(4, 64)
         ).any()
+
+
+HOOKS = {
+    "before": register_module_forward_pre_hook,
+    "after": register_module_forward_hook,
+    "backward before": register_module_full_backward_pre_hook,
+    "backward": register_module_full_backward_hook,
+}
+
+
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_nothing_is_fused_where_all_modules_have_a_hook(on_hopper, register, is_compiled):
+    def function(x):
+        uses = fused.norm_is_used(x, True), mlp_is_used(x), fused.small_linear_is_used(x)
+        return x.new_tensor(uses)
+
+    if is_compiled:
+        function = torch.compile(function, backend="eager", fullgraph=True)
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), fused.using("add_layer_norm", "mlp", "small_linear"):
+        assert function(x).all()
+        with register(lambda *_: None):
+            assert not function(x).any()
+        assert function(x).all()
 
 
 def small_linear_is_used(shape, dtype=torch.bfloat16):

@@ -79,7 +79,7 @@ def test_small_linear(rows_channels, has_norm):
     tile = small_linear.choose_tile(rows, channels, width, has_norm)
     constants = {
         "EPS": 1e-5, "CHANNELS": channels, "WIDTH": width, "HAS_GELU": has_norm, "OVERLAPS": True,
-        "M": tile.rows, "N": tile.columns, "K": tile.channels, "SPLITS": tile.splits,
+        "M": tile.rows, "N": tile.columns, "K": tile.channels,
     }  # fmt: skip
     absent = ["gamma", "residual"] if has_norm else ["norm_weight", "norm_bias"]
     compiled = compile_kernel(
