@@ -23,7 +23,7 @@ train: $(INSTALLED)  ## train the default experiment: a small NAT on real digits
 bench: $(INSTALLED)  ## measure throughput: make bench ARGS="model.name=nat_tiny"
 	$(BIN)/nat-bench $(ARGS)
 
-report: $(INSTALLED)  ## one page of all results, outputs/report/index.html, and the README's numbers; no GPU
+report: $(INSTALLED)  ## one page of all results (index.html), its tables and pictures in outputs/report, and the README's numbers; no GPU
 	PYTHONPATH=.:kernels $(BIN)/python benchmarks/report.py $(ARGS)
 
 verify-weights: $(INSTALLED)  ## download and check every published file: make verify-weights ARGS="'dinat_s_*'"

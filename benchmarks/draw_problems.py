@@ -3,14 +3,16 @@
     python benchmarks/draw_problems.py
 
 Like those of "Faster Neighborhood Attention" (arXiv 2403.04690): windows, dilations, head
-dimensions and batches from real models to long sequences, in 1-D, 2-D and 3-D. The 2-D ones
-contain the zoo's layers. Three at a time share window, dilation, head dimension and which sizes are
-multiples of 16, and with them their compiled kernels. Ten a number of axes are also for providers
-that take long to compile, every third for products in TF32.
+dimensions and batches from real models to long sequences, in 1-D, 2-D and 3-D. Three at a time
+share window, dilation, head dimension and which sizes are multiples of 16, and with them their
+compiled kernels. Ten a number of axes are also for providers that take long to compile, every third
+for products in TF32. zoo: the layers of the zoo are among the 2-D ones; those that are too large
+with 128 images are the last of the list, with a half or a quarter.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 from random import Random
 
@@ -53,13 +55,23 @@ def main() -> None:
     for dims in (1, 2, 3):
         possible = [p for p in drawn if p.dims == dims and is_slow(p)]
         slow |= set(possible[:: len(possible) // SLOW][:SLOW])
+    zoo = [reduced(p) for p in zoo]
+    # The marks of the others hang on their places.
+    drawn += [p for p in zoo if p not in drawn]
     rows = ",\n".join(
-        f"  {json.dumps(p.record | {'slow': p in slow, 'tf32': number % 3 == 0})}"
+        f"  {json.dumps(p.record | {'slow': p in slow, 'tf32': number % 3 == 0, 'zoo': p in zoo})}"
         for number, p in enumerate(drawn)
     )
     about = " ".join(__doc__.split("\n\n")[-1].split())
     text = f'{{\n "about": {json.dumps(about)},\n "problems": [\n{rows}\n ]\n}}\n'
     (FOLDER / "paper.json").write_text(text)
+
+
+def reduced(problem: Problem) -> Problem:
+    """With the batch halved until it can be measured."""
+    while not is_measurable(problem):
+        problem = replace(problem, batch=problem.batch // 2)
+    return problem
 
 
 def distinct(random: Random, axes: Axes, first: list[Problem]) -> Iterator[Problem]:

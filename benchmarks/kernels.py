@@ -199,12 +199,12 @@ def present_columns(records: list[Record], name: str) -> list[tuple[str, str]]:
     ]
 
 
-def plots(result: Record, folder: Path) -> list[Path]:
-    """A bar chart of times over the floor, a dtype each; the files."""
+def plots(result: Record, folder: Path) -> dict[str, Path]:
+    """A bar chart of times over the floor, a dtype each; the files by their captions."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    files = []
+    files = {}
     for dtype in dict.fromkeys(r["dtype"] for r in result["results"]):
         records = [r for r in result["results"] if r["dtype"] == dtype]
         titles = [title for title, *_ in by_shape(records, "forward")]
@@ -225,7 +225,8 @@ def plots(result: Record, folder: Path) -> list[Path]:
         figure.axes[0].set_yticks(range(len(titles)), titles, fontsize="small")
         figure.axes[0].invert_yaxis()
         figure.suptitle(f"{result['device']}, {dtype}, batch {records[0]['batch']}")
-        files.append(save_picture(figure, result, f"kernels-{dtype}", folder))
+        file = save_picture(figure, result, f"kernels-{dtype}", folder)
+        files[f"Times over the memory's floor, {dtype}"] = file
     return files
 
 

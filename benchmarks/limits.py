@@ -15,8 +15,9 @@ attention weights take 32 GiB.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,28 +147,47 @@ def passes(record: Record) -> list[str]:
 def tables(result: Record) -> str:
     """The largest sizes within a memory, and time a token by size; Markdown."""
     sizes = {len(r["map"]): None for r in result["results"]}
-    parts = [f"{result['device']}; one image or sequence, forward and backward."]
+    parts = [f"{result['device']}; one image or sequence, forward and backward, {_words(result)}."]
     for dims in sorted(sizes, reverse=True):
         records = [r for r in result["results"] if len(r["map"]) == dims]
-        parts.append(f"Largest measured size within {MEMORY_GIB} GiB:\n\n{_largest(records)}")
+        parts.append(
+            f"Largest size within {MEMORY_GIB} GiB, of those that were measured, and computed from "
+            f"the bytes a token of the largest one measured:\n\n{_largest(records)}"
+        )
         parts.append(f"Nanoseconds a token (MiB):\n\n{_by_size(records)}")
     return "\n\n".join(parts)
+
+
+def _words(result: Record) -> str:
+    """Element type and heads."""
+    first = result["results"][0]
+    return f"{PRECISION}, {first['heads']} heads of {first['head_dim']} channels"
 
 
 def _largest(records: list[Record]) -> str:
     rows = []
     for name in dict.fromkeys(r["provider"] for r in records):
-        fits = [
-            r
-            for r in records
-            if r["provider"] == name and r.get("bytes", 2**60) <= MEMORY_GIB * 2**30
-        ]
+        measured = [r for r in records if r["provider"] == name and "bytes" in r]
+        fits = [r for r in measured if r["bytes"] <= MEMORY_GIB * 2**30]
         if fits:
-            last = max(fits, key=tokens)
-            size = "x".join(map(str, last["map"]))
-            per_token = f"{last['bytes'] / tokens(last):.0f}"
-            rows.append([name, size, f"{last['bytes'] / 2**30:.2f}", per_token])
-    return markdown_table(["kernels", "size", "GiB", "bytes a token"], rows)
+            last, largest = max(fits, key=tokens), max(measured, key=tokens)
+            cells = _size(last["map"]), f"{last['bytes'] / 2**30:.2f}", _size(largest["map"])
+            per_token = f"{largest['bytes'] / tokens(largest):.0f}"
+            rows.append([name, *cells, per_token, _size(computed_size(largest))])
+    head = ["kernels", "measured within", "its GiB", "largest measured", "bytes a token of that",
+            "computed"]  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def computed_size(record: Record) -> list[int]:
+    """The largest map with equal sides that fits, if tokens take as many bytes as in `record`."""
+    count = MEMORY_GIB * 2**30 * tokens(record) // record["bytes"]
+    dims = len(record["map"])
+    return [isqrt(count) if dims == 2 else count] * dims
+
+
+def _size(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _by_size(records: list[Record]) -> str:
@@ -176,7 +196,7 @@ def _by_size(records: list[Record]) -> str:
     for size in sorted({tuple(r["map"]) for r in records}):
         row = {r["provider"]: r for r in records if tuple(r["map"]) == size}
         cells = [_cell(row[name]) if name in row else "-" for name in names]
-        rows.append(["x".join(map(str, size)), *cells])
+        rows.append([_size(size), *cells])
     return markdown_table(["size", *names], rows)
 
 
@@ -187,15 +207,14 @@ def _cell(record: Record) -> str:
     return f"{1e3 * time / tokens(record):.1f} ({record['bytes'] / 2**20:.0f})"
 
 
-def plots(result: Record, folder: Path) -> list[Path]:
-    """Time a token and memory by size, for maps and sequences; one file."""
+def plots(result: Record, folder: Path) -> dict[str, Path]:
+    """Time a token and memory by size, for maps and sequences; one file, by its caption."""
     from matplotlib.figure import Figure
 
     figure = Figure((11, 8), layout="constrained")
-    for row, dims, title in zip(
-        figure.subplots(2, 2), (2, 1), ("maps, 7x7 windows", "sequences, windows of 255"),
-        strict=True,
-    ):  # fmt: skip
+    panels = figure.subplots(2, 2)
+    titles = "maps, 7x7 windows", "sequences, windows of 255"
+    for row, dims, title in zip(panels, (2, 1), titles, strict=True):
         for name in (*GENERATIONS, "dense"):
             records = [
                 r
@@ -204,16 +223,22 @@ def plots(result: Record, folder: Path) -> list[Path]:
             ]
             sizes = [tokens(r) for r in records]
             times = [(r["forward_us"] + r["backward_us"]) / tokens(r) * 1e3 for r in records]
-            row[0].plot(sizes, times, "o-", color=COLORS[name], label=name)
-            memory = [r["bytes"] / 2**30 for r in records]
-            row[1].plot(sizes, memory, "o-", color=COLORS[name], label=name)
+            row[0].plot(sizes, times, label=name, **_style(name))
+            row[1].plot(sizes, [r["bytes"] / 2**30 for r in records], **_style(name))
         row[0].set(ylabel="nanoseconds a token", title=title)
-        row[1].set(ylabel="GiB", title=title)
+        row[1].set(ylabel=f"GiB (dotted: {MEMORY_GIB})", title=title)
+        row[1].axhline(MEMORY_GIB, color="black", linewidth=0.8, linestyle=":")
         for axes in row:
             axes.set(xscale="log", yscale="log", xlabel="tokens")
-    figure.axes[0].legend()
-    figure.suptitle(f"{result['device']}, forward and backward")
-    return [save_picture(figure, result, "limits", folder)]
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+    figure.suptitle(f"{result['device']}, {_words(result)};\none forward and backward", x=0.3)
+    return {"Time a token and memory by size": save_picture(figure, result, "limits", folder)}
+
+
+def _style(name: str) -> dict[str, Any]:
+    """naive and gemm hold the same tensors: one is drawn wide, the other in it."""
+    wide = {"linewidth": 5, "markersize": 11, "alpha": 0.4} if name == "naive" else {}
+    return {"marker": "o", "markersize": 5, "color": COLORS[name], **wide}
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ class Section:
         title: The heading.
         markdown: Text and tables.
         figures: Pictures to draw, by name.
-        images: PNG files.
+        images: PNG files, by caption.
     """
 
     title: str
     markdown: str
     figures: Mapping[str, Figure] = field(default_factory=dict)
-    images: list[Path] = field(default_factory=list)
+    images: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def anchor(self) -> str:
@@ -50,7 +50,7 @@ class Section:
     def html(self) -> str:
         """Heading, pictures, text."""
         pictures = [_figure(name, svg(figure)) for name, figure in self.figures.items()]
-        pictures += [_figure(path.stem.replace("_", " "), _png(path)) for path in self.images]
+        pictures += [_figure(name, _png(path, name)) for name, path in self.images.items()]
         heading = f'<h2 id="{self.anchor}">{escape(self.title)}</h2>'
         return "\n".join([heading, *pictures, markdown_html(self.markdown)])
 
@@ -93,6 +93,6 @@ def _figure(caption: str, picture: str) -> str:
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _png(path: Path) -> str:
+def _png(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(path.stem)}">'
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}">'

@@ -4,9 +4,10 @@
     PYTHONPATH=kernels python benchmarks/paper.py paper.json --draw FOLDER
 
 Needs a GPU, PyTorch and Triton; the second command only draws. Runs go on where the last one ended,
-on any machine of the same kind, and measure nothing twice. Problems with providers that PyTorch
-compiles come first, the others in a random order, so that each part is a sample of the whole.
-There are 1,400 pairs of a problem and a precision; on an H200 with 16 cores one takes 1 second.
+on any machine of the same kind, and measure nothing twice, unless the kernels have changed since:
+git says so, or without git the option --again. Problems with providers that PyTorch compiles come
+first, the others in a random order, so that each part is a sample of the whole. There are 1,424
+pairs of a problem and a precision; on an H200 with 16 cores one takes 1 second.
 
 The problems of problems/paper.json, without bias, in half and full precision (fp32: products by
 IEEE or as exact, and every third problem with TF32 ones). Each pass is checked against the
@@ -24,6 +25,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+import commits
+import paper_plots
 import paper_tables
 import peers
 import roofline
@@ -57,6 +60,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--precision", nargs="+", default=MEASURED, choices=MEASURED)
     parser.add_argument("--dims", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--again", nargs="*", metavar="COMMIT",
+                        help="measure anew what these commits measured, or all but --commit; "
+                        "by default those whose kernels differ, where git can tell")  # fmt: skip
 
 
 def begin(results: Results) -> None:
@@ -85,7 +91,7 @@ class Work(NamedTuple):
 
 
 def missing(arguments: argparse.Namespace, results: Results) -> list[Work]:
-    """What is not measured yet, in an order that is always the same: random but for the peers."""
+    """What is not measured or old, in an order that is always the same: random but for peers."""
     work = [
         Work(problem, precision, providers_of(entry, problem, precision))
         for entry in load_problems("paper")
@@ -99,8 +105,16 @@ def missing(arguments: argparse.Namespace, results: Results) -> list[Work]:
         for item in work
         if item.precision in arguments.precision
         and item.problem.dims in arguments.dims
-        and results.find(item.record) is None
+        and is_due(item, arguments, results)
     ]
+
+
+def is_due(work: Work, arguments: argparse.Namespace, results: Results) -> bool:
+    """Whether it is not measured, or of other kernels."""
+    before = results.find(work.record)
+    if before is None:
+        return True
+    return commits.is_old(before["commit"], arguments.commit, arguments.again)
 
 
 def providers_of(entry: Record, problem: Problem, precision: str) -> list[Provider]:
@@ -115,13 +129,13 @@ def providers_of(entry: Record, problem: Problem, precision: str) -> list[Provid
 
 def measure(work: Work, results: Results, compiled: dict[Part, list[Kernel] | None]) -> Record:
     """Times in microseconds of all providers, the largest errors, and what failed."""
-    count_kernels(results.content, compiled)
     problem, precision = work.problem, work.precision
     tolerance = 4 * PRECISIONS[precision][2]  # long sums; unfused weights are rounded
     tensors = random_tensors(problem, use_precision(precision), False)
     exact = Exact(problem, tensors, tolerance)
     times: Record = {}
     record: Record = {"providers": times, "errors": {}, "failures": {}}
+    record["kernels"] = kernel_numbers(results.content, compiled)
     for provider in work.providers:
         check = exact_dense(problem, tensors, tolerance) if provider.is_dense else exact
         found = peers.measure(provider, problem, tensors, check, SECONDS)
@@ -146,15 +160,20 @@ def exact_dense(problem: Problem, tensors: Tensors, tolerance: float) -> Exact:
     return (Exact if problem.tokens <= CHECKED_TOKENS else Unchecked)(whole, tensors, tolerance)
 
 
-def count_kernels(content: Record, compiled: dict[Part, list[Kernel] | None]) -> None:
-    """Add what the compiler said to `kernels`: how often each variant came."""
+def kernel_numbers(content: Record, compiled: dict[Part, list[Kernel] | None]) -> list[int]:
+    """Places in the file's `kernels` of what is launched; variants that are new come to its end."""
     names = "backend", "precision", "dims", *Kernel._fields
-    counts = {tuple(k[n] for n in names): k["count"] for k in content.get("kernels", [])}
+    variants: list[Record] = content.setdefault("kernels", [])
+    places = {tuple(v[n] for n in names): place for place, v in enumerate(variants)}
+    numbers = []
     for part, kernels in compiled.items():
         for kernel in kernels or ():
             key = (part[0], part.precision, part.problem.dims, *kernel)
-            counts[key] = counts.get(key, 0) + 1
-    content["kernels"] = [dict(zip(names, k, strict=True), count=c) for k, c in counts.items()]
+            if key not in places:
+                places[key] = len(variants)
+                variants.append(dict(zip(names, key, strict=True)))
+            numbers.append(places[key])
+    return numbers
 
 
 def line(record: Record) -> str:
@@ -171,9 +190,9 @@ def tables(result: Record) -> str:
     return f"{paper_tables.tables(result)}\n\n{roofline.tables(result)}"
 
 
-def plots(result: Record, folder: Path) -> list[Path]:
-    """The improvements and the roofline; the files."""
-    return [*paper_tables.plots(result, folder), *roofline.plots(result, folder)]
+def plots(result: Record, folder: Path) -> dict[str, Path]:
+    """The improvements and the roofline; files by caption."""
+    return paper_plots.plots(result, folder) | roofline.plots(result, folder)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
-"""The paper's tables from the results of paper.py: who matches whom, and by how much it improves.
+"""The paper's tables from the results of paper.py: who matches whom, how much it improves."""
 
-An improvement is t_old / t_new - 1, in percent, as in "Faster Neighborhood Attention" (arXiv
-2403.04690); a problem is matched where the time is at most 1 % longer, less than a run's noise.
-"""
-
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
 from statistics import mean, median
 
-from measuring import Record, markdown_table, save_picture
+import commits
+import paper_zoo
+from improvement import PASSES, groups, improvements, matched, summary
+from measuring import Record, markdown_table
 from peers import GENERATIONS
-from problem import PRECISIONS, Problem
+from problem import Problem
 
-NOISE = 1.01
-PASSES = "forward", "forward and backward"
 PAIRS = [("gemm", "naive"), ("fused", "naive"), ("fused", "gemm")]
 # Average improvements of the paper's table 3, percent: forward on an A100, by the pairs above.
 PAPER = {
@@ -24,62 +21,29 @@ PAPER = {
     ("float32", 2): (386, 564, 43),
     ("float32", 3): (None, 712, None),
 }
-PROVIDERS = *GENERATIONS, "dense", "flex", "gathered"
-
-
-def time_of(record: Record, provider: str, name: str) -> float | None:
-    """Microseconds of a pass, or of both."""
-    times = record.get("providers", {}).get(provider, {})
-    parts = [times.get(f"{part}_us") for part in name.split(" and ")]
-    return None if None in parts else sum(parts)
-
-
-def pairs(records: Sequence[Record], new: str, old: str, name: str) -> list[tuple[float, float]]:
-    """Times of both, where both were measured."""
-    times = [(time_of(r, new, name), time_of(r, old, name)) for r in records]
-    return [(a, b) for a, b in times if a is not None and b is not None]
-
-
-def improvements(records: Sequence[Record], new: str, old: str, name: str) -> list[float]:
-    """In percent."""
-    return [100 * (b / a - 1) for a, b in pairs(records, new, old, name)]
-
-
-def matched(records: Sequence[Record], new: str, old: str, name: str) -> str:
-    """Share of problems that `new` matches or beats."""
-    times = pairs(records, new, old, name)
-    return f"{sum(a <= NOISE * b for a, b in times) / len(times):.1%}" if times else "-"
-
-
-def groups(result: Record) -> Iterator[tuple[str, int, list[Record]]]:
-    """Records by precision and number of axes."""
-    for precision in PRECISIONS:
-        for dims in (1, 2, 3):
-            records = [
-                r
-                for r in result["results"]
-                if r["precision"] == precision and len(r["map"]) == dims
-            ]
-            if records:
-                yield precision, dims, records
 
 
 def tables(result: Record) -> str:
     """All tables, in Markdown."""
-    versions = result["versions"]
+    versions, records = result["versions"], result["results"]
     return "\n\n".join([
         f"{result['device']}, torch {versions['torch']}, Triton {versions['triton']}; "
-        f"{len(result['results'])} problems and precisions.",
+        f"{len(records)} problems and precisions; {commits.summary(records)}.",
         "Improvement of one kernel over another, average (least, most):",
         breakdown(result),
         "Average improvements beside those of the paper's table 3, which are of an A100 and of "
         "CUDA kernels; forward:",
         beside_paper(result),
-        "Share of problems, each in its row, that the kernel matches or beats:",
+        "Share of problems, each in its row, that the kernel matches or beats; of how many, if not "
+        "of all (dense is measured where it does not take too long):",
         shares(result),
+        "Improvement of fused over dense attention to the whole map, average (least, most):",
+        over_dense(result),
+        "Problems on which each of PyTorch's kernels was the fastest for dense attention:",
+        dense_kernels(records),
         "The same function by PyTorch's compiler, half precision; improvement of fused:",
         compiled(result),
-        slower(result),
+        paper_zoo.tables(result),
         failures(result),
     ])  # fmt: skip
 
@@ -93,12 +57,6 @@ def breakdown(result: Record) -> str:
     ]
     heads = [f"{new} over {old}" for new, old in PAIRS]
     return markdown_table(["pass", "precision", "axes", "problems", *heads], rows)
-
-
-def summary(records: Sequence[Record], new: str, old: str, name: str) -> str:
-    """Average, and the extremes."""
-    found = improvements(records, new, old, name)
-    return f"{mean(found):.0f} % ({min(found):.0f}, {max(found):.0f})" if found else "-"
 
 
 def beside_paper(result: Record) -> str:
@@ -124,13 +82,39 @@ def shares(result: Record) -> str:
     """For each kernel and each other."""
     others = *GENERATIONS, "dense"
     rows = [
-        [name, precision, f"{dims}-D", kernel,
+        [name, precision, f"{dims}-D", len(records), kernel,
          *("" if kernel == other else matched(records, kernel, other, name) for other in others)]
         for name in PASSES
         for precision, dims, records in groups(result)
         for kernel in others
     ]  # fmt: skip
-    return markdown_table(["pass", "precision", "axes", "kernel", *others], rows)
+    return markdown_table(["pass", "precision", "axes", "problems", "kernel", *others], rows)
+
+
+def over_dense(result: Record) -> str:
+    """Where dense was measured."""
+    rows = []
+    for name in PASSES:
+        for precision, dims, records in groups(result):
+            found = improvements(records, "fused", "dense", name)
+            if found:
+                cells = summary(records, "fused", "dense", name), f"{median(found):.0f} %"
+                count = f"{len(found)} of {len(records)}"
+                rows.append([name, precision, f"{dims}-D", count, *cells])
+    return markdown_table(["pass", "precision", "axes", "problems", "average", "median"], rows)
+
+
+def dense_kernels(records: Sequence[Record]) -> str:
+    """A row a pass and precision; a column a kernel."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for record in records:
+        times = record.get("providers", {}).get("dense", {})
+        for name in ("forward", "backward"):
+            if way := times.get(f"{name}_way"):
+                counts.setdefault((name, record["precision"]), Counter())[way] += 1
+    ways = sorted({way for count in counts.values() for way in count})
+    rows = [[*key, *(count[way] for way in ways)] for key, count in sorted(counts.items())]
+    return markdown_table(["pass", "precision", *ways], rows)
 
 
 def compiled(result: Record) -> str:
@@ -141,28 +125,12 @@ def compiled(result: Record) -> str:
             for other in ("flex", "gathered"):
                 found = improvements(records, "fused", other, name)
                 if found:
-                    share = matched(records, "fused", other, name)
+                    measured = [r for r in records if other in r["providers"]]
+                    share = matched(measured, "fused", other, name)
                     cells = summary(records, "fused", other, name), f"{median(found):.0f} %", share
                     rows.append([name, precision, f"{dims}-D", len(found), other, *cells])
     head = ["pass", "precision", "axes", "problems", "over", "average", "median", "matched"]
     return markdown_table(head, rows)
-
-
-def slower(result: Record) -> str:
-    """The problems on which fused is slower than another generation."""
-    rows = []
-    for record in result["results"]:
-        for name in PASSES:
-            for other in ("naive", "gemm"):
-                for ours, theirs in pairs([record], "fused", other, name):
-                    if ours > NOISE * theirs:
-                        cells = f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"
-                        problem = str(Problem.of(record))
-                        rows.append([problem, record["precision"], name, other, *cells])
-    rows.sort(key=lambda row: -float(row[-1]))
-    title = f"Fused is slower in {len(rows)} cases, the 30 worst:\n\n"
-    head = ["problem", "precision", "pass", "than", "fused us", "us", "ratio"]
-    return title + markdown_table(head, rows[:30])
 
 
 def failures(result: Record) -> str:
@@ -173,28 +141,3 @@ def failures(result: Record) -> str:
         for name, reason in r["failures"].items()
     ]
     return "\n".join([f"Measurements that failed: {len(found)}", *found[:30]])
-
-
-def plots(result: Record, folder: Path) -> list[Path]:
-    """Box plots of the ratios of times, a panel a precision."""
-    from matplotlib.figure import Figure
-
-    precisions = list(dict.fromkeys(precision for precision, *_ in groups(result)))
-    others = [("fused", p) for p in PROVIDERS if p != "fused"] + [("gemm", "naive")]
-    figure = Figure((5.5 * len(precisions), 8), layout="constrained")
-    panels = figure.subplots(2, len(precisions), squeeze=False, sharey=True)
-    for row, name in zip(panels, PASSES, strict=True):
-        for axes, precision in zip(row, precisions, strict=True):
-            boxes = {
-                f"{new} over {old}\n{dims}-D": [b / a for a, b in pairs(records, new, old, name)]
-                for new, old in others
-                for p, dims, records in groups(result)
-                if p == precision
-            }
-            boxes = {label: ratios for label, ratios in boxes.items() if ratios}
-            axes.boxplot(boxes.values(), whis=(0, 100))
-            axes.set_xticks(range(1, len(boxes) + 1), list(boxes), rotation=90, fontsize="small")
-            axes.axhline(1, color="black", linewidth=0.8)
-            axes.set(yscale="log", title=f"{precision}, {name}", ylabel="times as fast")
-    figure.suptitle(result["device"])
-    return [save_picture(figure, result, "paper", folder)]

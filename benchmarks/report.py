@@ -108,14 +108,14 @@ class Study(NamedTuple):
         pattern: Names of its result files.
         tables: A result's tables, as Markdown.
         figures: Its pictures by name.
-        plots: Or its pictures as PNG files, drawn into a folder.
+        plots: Or its pictures as PNG files, drawn into a folder, by caption.
     """
 
     title: str
     pattern: str
     tables: Callable[[Result], str]
     figures: Callable[[Result], dict[str, Figure]] = lambda result: {}
-    plots: Callable[[Result, Path], list[Path]] = lambda result, folder: []
+    plots: Callable[[Result, Path], dict[str, Path]] = lambda result, folder: {}
 
 
 STUDIES = [
@@ -130,7 +130,10 @@ STUDIES = [
 
 
 def sections(results: Path, folder: Path) -> list[Section]:
-    """A section for each result file of each study; all pictures go into `folder` as PNG files."""
+    """A section for each result file of each study.
+
+    All pictures go into `folder` as PNG files, the tables beside them as Markdown.
+    """
     found = []
     for study in STUDIES:
         for path in sorted(results.glob(study.pattern), key=lambda path: path.stem):
@@ -138,8 +141,9 @@ def sections(results: Path, folder: Path) -> list[Section]:
             figures, images = study.figures(result), study.plots(result, folder)
             for name, figure in figures.items():
                 figure.savefig(folder / f"{path.stem}-{name.replace(' ', '-')}.png", dpi=150)
-            title = f"{study.title}: {path.stem}"
-            found.append(Section(title, study.tables(result), figures, images))
+            title, tables = f"{study.title}: {path.stem}", study.tables(result)
+            (folder / f"{path.stem}.md").write_text(f"# {title}\n\n{tables}\n")
+            found.append(Section(title, tables, figures, images))
     return found
 
 

@@ -1,16 +1,20 @@
 """Work, traffic and occupancy of the three generations of kernels, and what the GPU allows."""
 
-from collections.abc import Iterator
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from improvement import groups
 from measuring import Record, markdown_table, save_picture
 from peers import GENERATIONS
 from problem import PRECISIONS, Problem
 
 COLORS = {"naive": "tab:red", "gemm": "tab:orange", "fused": "tab:blue", "dense": "tab:gray"}
+PASSES = "forward", "backward"
 BLOCKS = 32  # programs that a multiprocessor holds at most
+ROOF = 0.3, 300_000  # FLOP a byte, where lines end; their labels are right of all points
 RESERVED = 1024  # bytes of shared memory that a program costs besides its own
 
 
@@ -41,6 +45,17 @@ def intensity(problem: Problem, precision: str, generation: str, backward: bool)
     return flops(problem, backward) / traffic(problem, precision, generation, backward)
 
 
+def roof(ceilings: Record, precision: str, generation: str) -> float:
+    """FLOP a second of the units that do a generation's products, as large products reach them.
+
+    naive multiplies in fp32 without tensor cores, whatever the precision. gemm and fused do a
+    product of fp32 by three of TF32.
+    """
+    if generation == "naive":
+        return float(ceilings["float32"])
+    return ceilings["tf32"] / 3 if precision == "float32" else float(ceilings[precision])
+
+
 def occupancy(kernel: Record, multiprocessor: Record) -> float:
     """Share of a multiprocessor's threads that programs of this kernel fill."""
     warps = kernel["warps"]
@@ -54,64 +69,85 @@ def occupancy(kernel: Record, multiprocessor: Record) -> float:
     return programs * warps * 32 / multiprocessor["threads"]
 
 
-def passes(record: Record, provider: str) -> Iterator[tuple[bool, float]]:
-    """Whether backward, and the time in microseconds, of what was measured."""
-    times = record.get("providers", {}).get(provider, {})
-    for name in ("forward", "backward"):
-        if f"{name}_us" in times:
-            yield name == "backward", times[f"{name}_us"]
-
-
-def points(result: Record, precision: str) -> Iterator[tuple[str, bool, float, float, float]]:
-    """Generation, whether backward, FLOP a byte, FLOP a second, bytes a second."""
-    for record in result["results"]:
-        if record["precision"] != precision:
-            continue
-        problem = Problem.of(record)
-        for generation in GENERATIONS:
-            for backward, time in passes(record, generation):
-                work = flops(problem, backward), traffic(problem, precision, generation, backward)
-                rates = (amount / (time / 1e6) for amount in work)
-                yield generation, backward, work[0] / work[1], *rates
+def points(
+    records: list[Record], generation: str, backward: bool
+) -> list[tuple[float, float, float]]:
+    """FLOP a byte, FLOP a second and bytes a second of each record that has a time."""
+    found = []
+    for record in records:
+        times = record.get("providers", {}).get(generation, {})
+        if time := times.get(f"{PASSES[backward]}_us"):
+            problem, precision = Problem.of(record), record["precision"]
+            per_byte = intensity(problem, precision, generation, backward)
+            rate = flops(problem, backward) / (time / 1e6)
+            found.append((per_byte, rate, rate / per_byte))
+    return found
 
 
 def tables(result: Record) -> str:
-    """Achieved rates, and what the compiler made of the kernels, in Markdown."""
-    return f"{_rates(result)}\n\n{_kernels(result)}"
+    """Intensity, achieved rates, and what the compiler made of the kernels, in Markdown."""
+    return "\n\n".join([
+        "Arithmetic intensity, FLOP a byte: of the products, over the bytes that a formulation "
+        "moves at least; median (least, most) over the problems:",
+        _intensities(result),
+        "Achieved rates, medians over the problems; each formulation by its own traffic. The last "
+        "column: of what large products reach on the units in use, those of fp32 for naive, for "
+        "gemm and fused tensor cores (in float32 a third of a TF32 product's rate):",
+        _rates(result),
+        _kernels(result),
+    ])  # fmt: skip
+
+
+def _intensities(result: Record) -> str:
+    rows = []
+    for backward, name in enumerate(PASSES):
+        for precision, dims, records in groups(result):
+            cells = []
+            for generation in GENERATIONS:
+                found = [
+                    intensity(Problem.of(r), precision, generation, bool(backward)) for r in records
+                ]
+                cells.append(f"{median(found):.1f} ({min(found):.1f}, {max(found):.1f})")
+            rows.append([name, precision, f"{dims}-D", len(records), *cells])
+    return markdown_table(["pass", "precision", "axes", "problems", *GENERATIONS], rows)
 
 
 def _rates(result: Record) -> str:
     rows = []
+    ceilings = result["ceilings"]
     for precision in _precisions(result):
-        ceilings = result["ceilings"]
-        found = list(points(result, precision))
-        for backward in (False, True):
+        for backward, name in enumerate(PASSES):
             for generation in GENERATIONS:
-                chosen = [p[2:] for p in found if p[:2] == (generation, backward)]
-                if not chosen:
+                found = points(_of(result, precision), generation, bool(backward))
+                if not found:
                     continue
-                per_byte, compute, memory = (median(v) for v in zip(*chosen, strict=True))
+                per_byte, compute, memory = (median(v) for v in zip(*found, strict=True))
                 rows.append([
-                    precision, "backward" if backward else "forward", generation, len(chosen),
+                    precision, name, generation, len(found),
                     f"{per_byte:.1f}", f"{memory / 1e12:.2f} TB/s",
                     f"{memory / ceilings['bandwidth']:.0%}", f"{compute / 1e12:.1f} TFLOP/s",
-                    f"{compute / ceilings[precision]:.1%}",
+                    f"{compute / roof(ceilings, precision, generation):.1%}",
                 ])  # fmt: skip
     head = ["precision", "pass", "kernels", "problems", "FLOP a byte", "bandwidth",
-            "of a copy's", "products", "of a large product's"]  # fmt: skip
-    return "Medians over the problems; each formulation by its own traffic:\n\n" + markdown_table(
-        head, rows
-    )
+            "of a copy's", "products", "of the units'"]  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def launches(result: Record) -> list[int]:
+    """How often each of the file's kernels is launched by a pass of each record."""
+    found = Counter(chain.from_iterable(r.get("kernels", ()) for r in result["results"]))
+    # Older files have a count a kernel, of all that was ever compiled.
+    return [found[i] if found else k["count"] for i, k in enumerate(result.get("kernels", []))]
 
 
 def _kernels(result: Record) -> str:
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for kernel in result.get("kernels", []):
-        if kernel["registers"] is not None:
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for kernel, count in zip(result.get("kernels", []), launches(result), strict=True):
+        if kernel["registers"] is not None and count:
             key = kernel["backend"], kernel["precision"], kernel["name"]
-            groups.setdefault(key, []).extend([kernel] * kernel["count"])
+            found.setdefault(key, []).extend([kernel] * count)
     rows = []
-    for key, kernels in sorted(groups.items()):
+    for key, kernels in sorted(found.items()):
         filled = [occupancy(kernel, result["multiprocessor"]) for kernel in kernels]
         rows.append([
             *key, f"{median(k['registers'] for k in kernels):.0f}",
@@ -124,35 +160,61 @@ def _kernels(result: Record) -> str:
     return f"Triton's kernels over the problems, medians:\n\n{markdown_table(head, rows)}"
 
 
-def plots(result: Record, folder: Path) -> list[Path]:
-    """The roofline of each precision, one file; a point a problem and pass."""
+def plots(result: Record, folder: Path) -> dict[str, Path]:
+    """The roofline, a panel a precision and pass, a point a problem; the file by its caption."""
     from matplotlib.figure import Figure
 
     precisions = _precisions(result)
-    figure = Figure((6 * len(precisions), 5), layout="constrained")
-    panels = figure.subplots(1, len(precisions), squeeze=False)[0]
-    for axes, precision in zip(panels, precisions, strict=True):
-        _draw_roofline(axes, result, precision)
-    panels[0].legend(fontsize="small")
-    figure.suptitle(result["device"])
-    return [save_picture(figure, result, "roofline", folder)]
+    figure = Figure((5 * len(precisions), 8), layout="constrained")
+    panels = figure.subplots(2, len(precisions), squeeze=False, sharex=True, sharey=True)
+    for backward, row in enumerate(panels):
+        row[0].set_ylabel("FLOP/s")
+        for axes, precision in zip(row, precisions, strict=True):
+            count = _draw_points(axes, _of(result, precision), bool(backward))
+            _draw_roofs(axes, result["ceilings"], precision)
+            title = f"{precision}, {PASSES[backward]}, {count} problems"
+            axes.set(xscale="log", yscale="log", title=title)
+            axes.margins(y=0.08)
+    for axes in panels[-1]:
+        axes.set_xlabel("FLOP a byte")
+    legend = figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3
+    )
+    for handle in legend.legend_handles:
+        handle.set(alpha=1, sizes=[25])
+    figure.suptitle(f"{result['device']}; a point a problem")
+    file = save_picture(figure, result, "roofline", folder)
+    return {"Roofline: rates by arithmetic intensity": file}
 
 
-def _draw_roofline(axes: Any, result: Record, precision: str) -> None:
-    found = list(points(result, precision))
+def _draw_points(axes: Any, records: list[Record], backward: bool) -> int:
+    """How many there are of fused."""
     for generation in GENERATIONS:
-        for backward, marker in ((False, "o"), (True, "x")):
-            chosen = [p for p in found if p[:2] == (generation, backward)]
-            axes.scatter(
-                [p[2] for p in chosen], [p[3] for p in chosen], s=9, marker=marker, alpha=0.5,
-                color=COLORS[generation],
-                label=f"{generation} {'backward' if backward else 'forward'}",
-            )  # fmt: skip
-    bandwidth, peak = result["ceilings"]["bandwidth"], result["ceilings"][precision]
-    ends = 0.1, peak / bandwidth, 10_000
-    axes.plot(ends, [min(x * bandwidth, peak) for x in ends], color="black")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="FLOP/s", title=precision)
+        found = points(records, generation, backward)
+        axes.scatter(
+            [x for x, *_ in found], [y for _, y, _ in found], s=7, alpha=0.25, linewidths=0,
+            color=COLORS[generation], label=generation,
+        )  # fmt: skip
+    return len(found)
+
+
+def _draw_roofs(axes: Any, ceilings: Record, precision: str) -> None:
+    bandwidth = ceilings["bandwidth"]
+    top, fma = (roof(ceilings, precision, generation) for generation in ("fused", "naive"))
+    left, right = ROOF
+    axes.plot([left, top / bandwidth, right], [left * bandwidth, top, top], "k", linewidth=1)
+    axes.plot([fma / bandwidth, right], [fma, fma], color=COLORS["naive"], linewidth=1)
+    words = "tensor cores" + (", 3 products" if precision == "float32" else "")
+    for name, rate in ((words, top), ("fp32 units (naive)", fma)):
+        text = f"{name}: {rate / 1e12:.0f} TFLOP/s"
+        axes.text(right, 1.08 * rate, text, ha="right", va="bottom", fontsize="small")
+    text = f"memory: {bandwidth / 1e12:.1f} TB/s"
+    axes.text(0.02, 0.97, text, transform=axes.transAxes, va="top", fontsize="small")
+
+
+def _of(result: Record, precision: str) -> list[Record]:
+    return [r for r in result["results"] if r["precision"] == precision]
 
 
 def _precisions(result: Record) -> list[str]:
-    return [p for p in PRECISIONS if any(r["precision"] == p for r in result["results"])]
+    return [p for p in PRECISIONS if _of(result, p)]

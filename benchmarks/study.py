@@ -9,7 +9,7 @@ A study is a module, whose docstring ends with the method, with
     missing(arguments, results)  the work left: objects with `record`, what identifies it, and
                                  `parts`, what can be compiled ahead
     measure(work, results, compiled) -> Record
-    line(record), tables(result), plots(result, folder)
+    line(record), tables(result), plots(result, folder), which returns files by caption
 """
 
 import argparse
@@ -33,6 +33,7 @@ def main(study: ModuleType) -> Results | None:
     if arguments.draw:
         result = json.loads(arguments.output.read_text())
         print(study.tables(result))
+        arguments.draw.mkdir(parents=True, exist_ok=True)
         study.plots(result, arguments.draw)
         return None
     deadline = Deadline(arguments.limit_seconds)

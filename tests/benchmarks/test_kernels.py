@@ -99,7 +99,8 @@ def test_table_and_chart_come_from_the_results_alone(measure, tmp_path):
     content = results.content | {"results": results.records}
     text = kernels.tables(content)
     assert "| 6x6, 2 heads, 3x3, dilation 2 | 0 | 20 (" in text
-    (file,) = kernels.plots(content, tmp_path)
+    ((caption, file),) = kernels.plots(content, tmp_path).items()
+    assert caption == "Times over the memory's floor, float32"
     assert file.stat().st_size > 10_000
 
 

@@ -35,7 +35,8 @@ def test_each_size_has_times_and_memory(measure, tmp_path):
     text = limits.tables(result)
     assert "| fused | 6x6 |" in text
     assert "| 16 | 2500.0 (0) |" in text
-    (file,) = limits.plots(result, tmp_path)
+    assert "float32, 4 heads of 8 channels" in text
+    (file,) = limits.plots(result, tmp_path).values()
     assert file.stat().st_size > 10_000
 
 
@@ -50,6 +51,17 @@ def test_what_takes_too_long_or_too_much_memory_is_left_out():
         ]
     }  # fmt: skip
     assert feasible == {"fused": True, "dense": False, "naive": False, "fused sequence": True}
+
+
+@pytest.mark.parametrize(("size", "expected"), [((3000, 3000), [2590] * 2), ((1000,), [745_654])])
+def test_the_largest_size_is_computed_from_the_bytes_a_token(size, expected):
+    token = 2560 if len(size) == 2 else 23_040
+    record = Problem(size, 4, 32, (7,) * len(size), (1,) * len(size), 1).record
+    record |= {"bytes": token * limits.tokens(record), "provider": "fused"}
+    assert limits.computed_size(record) == expected
+    last = "x".join(map(str, expected))
+    small = record | {"map": [16] * len(size), "bytes": 1}
+    assert f"| {token} | {last} |" in limits._largest([small, record])
 
 
 def test_maps_go_to_512_and_sequences_to_a_million():

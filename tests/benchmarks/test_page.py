@@ -101,7 +101,9 @@ def test_links_lead_to_the_sections():
 def test_pictures_are_inside(tmp_path):
     path = tmp_path / "a_picture.png"
     figure_with_a_tip("a").savefig(path)
-    html = page("t", [Section("s", "", {"drawn": figure_with_a_tip("b")}, [path])])
+    images = {"a <picture>": path}
+    html = page("t", [Section("s", "", {"drawn": figure_with_a_tip("b")}, images)])
     assert html.count("<figure>") == 2
-    assert "<figcaption>a picture</figcaption>" in html
+    assert "<figcaption>a &lt;picture&gt;</figcaption>" in html
+    assert 'alt="a &lt;picture&gt;"' in html
     assert "data:image/png;base64," in html

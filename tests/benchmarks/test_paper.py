@@ -1,7 +1,6 @@
 import json
 
 import paper
-import paper_tables
 import pytest
 import study
 from compiling import Kernel, OperatorPass
@@ -67,6 +66,7 @@ def test_all_providers_are_measured_once(measure, tmp_path):
         assert record["providers"]["dense"]["forward_way"] == "flash"
         assert not record["failures"]
         assert max(record["errors"].values()) < 1e-5
+        assert record["kernels"] == []  # the reference has none
     second = measure("--precision", "float32", "float16", commit="b")
     assert [r["commit"] for r in second.records] == ["a"] * 3 + ["b"] * 3
 
@@ -75,51 +75,41 @@ def test_nothing_starts_after_the_limit(measure):
     assert measure(seconds=1).records == []
 
 
-def test_a_kernel_that_came_again_is_counted():
-    work = OperatorPass("fused", Problem.of(SMALL[0]), "float16", False, False)
+def test_what_other_kernels_gave_is_measured_anew_in_its_order(measure):
+    records = measure("--precision", "float16").records
+    order = [r["map"] for r in records]
+    again = measure("--precision", "float16", "--again", "a", commit="b").records
+    assert [(r["map"], r["commit"]) for r in again] == [(m, "b") for m in order]
+    kept = measure("--precision", "float16", "--again", "a", commit="c").records
+    assert [r["commit"] for r in kept] == ["b"] * 3
+
+
+def test_a_record_has_the_kernels_that_it_launches():
+    forward = OperatorPass("fused", Problem.of(SMALL[0]), "float16", False, False)
+    backward = forward._replace(backward=True)
     content = {}
-    kernel = Kernel("_forward", 4, 1024, 100, 0)
-    paper.count_kernels(content, {work: [kernel, kernel]})
-    paper.count_kernels(content, {work: [kernel], work._replace(backward=True): None})
-    (entry,) = content["kernels"]
-    assert entry["count"] == 3
-    assert (entry["backend"], entry["dims"], entry["registers"]) == ("fused", 1, 100)
+    first, second = (Kernel("_forward", 4, 1024, registers, 0) for registers in (100, 110))
+    assert paper.kernel_numbers(content, {forward: [first, first], backward: None}) == [0, 0]
+    assert paper.kernel_numbers(content, {forward: [second], backward: [first]}) == [1, 0]
+    one, two = content["kernels"]
+    assert (one["backend"], one["dims"], one["registers"]) == ("fused", 1, 100)
+    assert two == one | {"registers": 110}
 
 
 def test_tables_and_pictures_come_from_the_file_alone(measure, tmp_path):
     measure("--precision", "float32", "float16")
     result = json.loads((tmp_path / "r.json").read_text())
-    kernel = {"warps": 4, "shared_memory": 2048, "registers": 128, "spills": 0, "count": 2}
+    kernel = {"warps": 4, "shared_memory": 2048, "registers": 128, "spills": 0}
     result["kernels"] = [
         kernel | {"backend": "fused", "precision": "float32", "dims": 1, "name": "_forward"}
     ]
+    for record in result["results"]:
+        record["kernels"] = [0]
     text = paper.tables(result)
     assert "| forward and backward | float32 | 3-D | 1 | 0 % (0, 0) |" in text
-    assert "Fused is slower in 0 cases" in text
+    assert "6 problems and precisions; commit a." in text
+    assert "Of the other problems fused is slower in 0 cases" in text
     assert "| fused | float32 | _forward | 128 | 2.0 | 0% | 25% | 25% |" in text
     files = paper.plots(result, tmp_path)
-    assert all(file.stat().st_size > 10_000 for file in files)
-
-
-def record(**times):
-    providers = {name: {"forward_us": f, "backward_us": b} for name, (f, b) in times.items()}
-    return SMALL[0] | {"precision": "float16", "providers": providers, "failures": {}}
-
-
-def test_improvements_are_those_of_the_definition():
-    records = [record(naive=(30, 30), fused=(10, 20)), record(naive=(10, 10), fused=(20, 20))]
-    assert paper_tables.improvements(records, "fused", "naive", "forward") == [200, -50]
-    both = paper_tables.improvements(records, "fused", "naive", "forward and backward")
-    assert both == [100, -50]
-    assert paper_tables.matched([*records, records[0]], "fused", "naive", "forward") == "66.7%"
-    equal = [record(naive=(100, 1), gemm=(101, 1)), record(naive=(100, 1), gemm=(102, 1))]
-    assert paper_tables.matched(equal, "gemm", "naive", "forward") == "50.0%"  # 1 % is noise
-    assert paper_tables.summary(records, "fused", "naive", "forward") == "75 % (-50, 200)"
-    assert paper_tables.summary(records, "fused", "flex", "forward") == "-"
-
-
-def test_a_slower_fused_kernel_is_named():
-    result = {"results": [record(naive=(10, 20), fused=(20, 1)), record(naive=(9, 9))]}
-    text = paper_tables.slower(result)
-    assert "in 1 cases" in text
-    assert "| 12-k3-d2-h2-D8-B2 | float16 | forward | naive | 20 | 10 | 2.00 |" in text
+    assert all(" " in caption for caption in files)
+    assert all(file.stat().st_size > 10_000 for file in files.values())

@@ -30,3 +30,11 @@ def test_every_result_of_a_study_has_its_section(tmp_path):
     assert titles.index("Models: models-h100") < titles.index("Operator: kernels-h100")
     drawn = {f"models-h100-{name.replace(' ', '-')}.png" for name in sections[0].figures}
     assert drawn == {path.name for path in tmp_path.glob("models-h100-*.png")} != set()
+    assert {f"{title.split(': ')[1]}.md" for title in titles} == {
+        path.name for path in tmp_path.glob("*.md")
+    }
+    written = (tmp_path / "models-h100.md").read_text()
+    assert written == f"# {titles[0]}\n\n{sections[0].markdown}\n"
+    captions = [caption for section in sections for caption in section.images]
+    assert "Roofline: rates by arithmetic intensity" in captions
+    assert not [caption for caption in captions if "nvidia" in caption.lower()]

@@ -77,7 +77,8 @@ def test_a_commit_is_required(file):
 
 def test_drawing_needs_no_gpu(file, tmp_path, monkeypatch, capsys):
     run(numbers(), file)
-    monkeypatch.setattr("sys.argv", ["numbers", str(file), "--draw", str(tmp_path)])
+    folder = tmp_path / "new" / "folder"
+    monkeypatch.setattr("sys.argv", ["numbers", str(file), "--draw", str(folder)])
     assert study.main(numbers()) is None
     assert "3 numbers" in capsys.readouterr().out
-    assert (tmp_path / "picture").read_text() == "d"
+    assert (folder / "picture").read_text() == "d"
