@@ -24,7 +24,9 @@ import torch
 from measuring import today
 
 from neighborhood_attention import na1d, na2d, na3d
+from neighborhood_attention.backends.triton import fused_direct_forward, fused_forward
 
+IS_WORTH_IT = fused_direct_forward.is_worth_it
 TOOLS = "memcheck", "racecheck"
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 HEADS = 4
@@ -126,7 +128,15 @@ def check(path: str, tool: str) -> dict[str, object]:
 def run_problem(
     problem: Problem, dtype: torch.dtype, device: str = "cuda", backend: str = "fused"
 ) -> None:
-    """Forward and backward."""
+    """Forward and backward; with few tokens also by the kernels of many."""
+    for rule in (IS_WORTH_IT, lambda problem: False):
+        fused_direct_forward.is_worth_it = rule
+        fused_forward._prepare.cache_clear()
+        _run(problem, dtype, device, backend)
+    fused_direct_forward.is_worth_it = IS_WORTH_IT
+
+
+def _run(problem: Problem, dtype: torch.dtype, device: str, backend: str) -> None:
     dims, keys = len(problem.spatial), (2, *problem.spatial, problem.key_heads)
     tensors = {
         "query": (2, *problem.spatial, HEADS, problem.head_dim),

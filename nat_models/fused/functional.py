@@ -136,7 +136,7 @@ def small_linear(
     """A linear layer of few rows, with what surrounds it, in one launch; without a gradient.
 
     `residual + gamma * gelu(linear(norm(x)))`, each part but the layer optional. Parameters may be
-    read before the launch just before this one has ended: that must not be what writes them.
+    read before earlier launches have ended that overlap: these must not write them.
 
     Args:
         x: [..., K].

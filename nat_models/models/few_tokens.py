@@ -1,7 +1,8 @@
 """A transformer block's inference with few tokens, where a launch costs more than its work.
 
-Five launches: norm and qkv; attention; projection and addition; norm, fc1 and GELU; fc2 and
-addition. Modules are read from their dictionaries, in a third of the time of an attribute.
+Five launches: norm and qkv; attention, if it needs no table; projection and addition; norm, fc1
+and GELU; fc2 and addition. Modules are read from their dictionaries, in a third of the time of an
+attribute.
 """
 
 from collections.abc import Mapping

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from neighborhood_attention.backends.triton import tile_table
+from neighborhood_attention.backends.triton.fused_direct_forward import direct_plan
 from neighborhood_attention.backends.triton.tile import Tiles
 from neighborhood_attention.backends.triton.tile_table import KERNELS, PRECISIONS, from_record
 from neighborhood_attention.backends.triton.tiles import choose_tiles, tiles_by_rule
@@ -143,14 +144,17 @@ def tune(works: Sequence[Work], records: Records, path: Path, deadline: Deadline
     """
     device = torch.device("cuda", torch.cuda.current_device())
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    routes = {}
+    routes, failures = {}, []
     for work in works:
-        if not any(is_of(choice, work) for choice in records.choices):
-            problem = Pass(work, "meta").problem._replace(device=device)
-            present = choose_tiles(problem, work.shape.window)
-            routes[work] = find_routes(work, problem, present, processors)
+        if any(is_of(choice, work) for choice in records.choices):
+            continue
+        problem = Pass(work, "meta").problem._replace(device=device)
+        if work.name == "forward" and direct_plan(problem, work.shape.window) is not None:
+            failures.append(f"{work}: so few tokens take a kernel whose tiles are not chosen")
+            continue
+        present = choose_tiles(problem, work.shape.window)
+        routes[work] = find_routes(work, problem, present, processors)
     trials = [Part(work, tiles) for work in routes for way in routes[work] for tiles in way.trials]
-    failures = []
     with Ahead(trials) as ahead, progress(len(trials)) as advance:
         for work in routes:
             try:

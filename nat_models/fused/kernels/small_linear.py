@@ -44,9 +44,9 @@ class Tile(NamedTuple):
 
 
 def choose_tile(rows: int, channels: int, width: int, has_norm: bool) -> Tile:
-    """The largest block that leaves enough programs: few that are busy, as a launch waits for all.
+    """The largest block that leaves enough programs.
 
-    Within a tenth of the fastest at most of one image's layers (benchmarks/NOTES.md).
+    Of one image's layers most are within a tenth of the fastest tile so (benchmarks/NOTES.md).
     """
     whole = max(16, triton.next_power_of_2(channels))
     step = whole if has_norm or whole <= 256 else 128

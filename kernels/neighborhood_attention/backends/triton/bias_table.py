@@ -32,6 +32,7 @@ from neighborhood_attention.backends.triton.window import (
     group_length,
     pairs_bias,
     ring_strip,
+    rounded_bias,
     strip_start,
     tile_range,
 )
@@ -106,10 +107,7 @@ def _build_kernel(
     )  # fmt: skip
     attends = attends_d & attends_h & attends_w
     bias = pairs_bias(rpb, head, attends, index_d, index_h, index_w, KERNEL_SIZE)
-    if table.dtype.element_ty == tl.float16:  # only an infinite bias becomes infinite there
-        limited = tl.minimum(tl.maximum(bias, -65504.0), 65504.0)
-        bias = tl.where(tl.abs(bias) < float("inf"), limited, bias)
-    bias = bias.to(table.dtype.element_ty)
+    bias = rounded_bias(bias, table.dtype.element_ty)
     ROWS: tl.constexpr = attends.shape[0]
     COLUMNS: tl.constexpr = attends.shape[1]
     bias = in_registers(bias, ROWS, COLUMNS, ROW_WARPS, COLUMN_WARPS)

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from neighborhood_attention.backends.triton import tile_table
 from neighborhood_attention.backends.triton.launch import (
     Launch,
     Problem,
-    can_overlap,
     plan_arguments,
     reading_launch,
 )
@@ -33,6 +33,7 @@ from neighborhood_attention.backends.triton.window import (
     locate_tile,
     masked_scores,
     pairs_bias,
+    rounded_bias,
     store_tokens,
     strip_tokens,
     tile_ranges,
@@ -47,13 +48,18 @@ from neighborhood_attention.geometry import Neighborhood
 TILES = {1: (1, 1, 16), 2: (1, 2, 8), 3: (1, 4, 4)}
 MAX_KEYS = 256  # of a program, in whole powers of 2 an axis
 MAX_HEAD_DIM = 64
-# Elements of the query up to which it is faster: see benchmarks/NOTES.md.
+# Elements of the query, of one image at 56x56 with two heads of 32 the most that was measured.
 MAX_ELEMENTS = 2**18
 
 
 def is_worth_it(problem: Problem) -> bool:
-    """Whether there is so little work that launches count, on a GPU where they can overlap."""
-    return prod(problem.query.shape) <= MAX_ELEMENTS and can_overlap(problem.device)
+    """Whether launches count more than work, as measured: maps, heads of up to 32, Hopper."""
+    return (
+        len(problem.spatial) == 2
+        and problem.head_arguments["BLOCK_D"] <= 32
+        and prod(problem.query.shape) <= MAX_ELEMENTS
+        and tile_table.capability(problem.device) == "9.0"
+    )
 
 
 def direct_plan(problem: Problem, window: Neighborhood) -> TilePlan | None:
@@ -133,13 +139,12 @@ def _direct_forward_kernel(
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    q = load_tokens(
-        query, token_offsets(token, query_strides, WIDE), is_query, HEAD_DIM, BLOCK_D
-    )  # fmt: skip
+    q = load_tokens(query, token_offsets(token, query_strides, WIDE), is_query, HEAD_DIM, BLOCK_D)
     k = load_tokens(key, offsets, None, HEAD_DIM, BLOCK_D)
     v = load_tokens(value, value_offsets, None, VALUE_DIM, BLOCK_V)
     attends = attends_d & attends_h & attends_w
     bias = pairs_bias(rpb, head, attends, index_d, index_h, index_w, KERNEL_SIZE)
+    bias = rounded_bias(bias, query.dtype.element_ty).to(tl.float32)
     dots = tl.dot(with_sign(q, SIGN), tl.trans(k), input_precision=PRECISION)
     s = masked_scores(dots, scale, bias)
     row_max = tl.maximum(tl.max(s, 1), -3.4e38)  # of a token that is none: -inf

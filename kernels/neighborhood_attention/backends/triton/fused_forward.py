@@ -8,7 +8,8 @@ strips of the keys that its queries attend to, and keeps a running maximum m, su
     m' = max(m, max s) ; p = 2^(s - m')
     l = l 2^(m - m') + sum p ; o = o 2^(m - m') + p v
 
-and at the end output = o / l, lse = (m + log2 l) / log2 e.
+and at the end output = o / l, lse = (m + log2 l) / log2 e. Where keys stay in a ring, where a tile
+holds a dilation group and where there are few tokens, kernels of their own do the same.
 """
 
 from functools import lru_cache

@@ -257,7 +257,7 @@ def plan_arguments(plan: TilePlan) -> dict[str, int | tuple[int, ...]]:
 def reading_launch(
     kernel: Any, programs: int, problem: Problem, tile: Tile, arguments: Mapping[str, Any]
 ) -> Launch:
-    """Of a kernel that reads a table of biases: it begins, where it can, while that is made."""
+    """Of a kernel that may begin, where it can, before the one ends whose results it waits for."""
     overlaps = can_overlap(problem.device)
     arguments = {**arguments, "OVERLAPS": overlaps}
     return Launch(kernel, programs, arguments, **tile.options, launch_pdl=overlaps)

@@ -444,3 +444,12 @@ def pairs_bias(rpb, head, attends, index_d, index_h, index_w, KERNEL_SIZE: tl.co
         index = index * (2 * KERNEL_SIZE[2] - 1) + index_w
         bias += tl.load(rpb + index, mask=attends, other=0.0).to(tl.float32) * 1.4426950408889634
     return tl.where(attends, bias, float("-inf"))
+
+
+@triton.jit
+def rounded_bias(bias, dtype: tl.constexpr):
+    """In the dtype of the query, in which every kernel reads it; what is finite stays so."""
+    if dtype == tl.float16:
+        limited = tl.minimum(tl.maximum(bias, -65504.0), 65504.0)
+        bias = tl.where(tl.abs(bias) < float("inf"), limited, bias)
+    return bias.to(dtype)

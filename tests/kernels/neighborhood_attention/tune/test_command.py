@@ -142,6 +142,16 @@ def test_a_pass_without_tiles_leaves_the_table_and_does_not_end_the_run(
     assert (table, len(records)) == (before, found)
 
 
+def test_few_tokens_have_no_tiles_to_choose(problems, tmp_path, monkeypatch):
+    [work] = plan_words(problems, "--only", "7x7-k7", "--kernels", "forward")
+    processor = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processor)
+    monkeypatch.setattr(command, "direct_plan", lambda problem, window: "a plan")
+    failures = command.tune([work], Records(tmp_path / "r.json", {}), tmp_path / "t", Deadline(9))
+    assert failures == [f"{work}: so few tokens take a kernel whose tiles are not chosen"]
+
+
 def test_it_needs_a_gpu(problems, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU"):

@@ -1,5 +1,7 @@
 """A linear layer of few rows, with what surrounds it, against the definition in fp64."""
 
+from math import ceil
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -103,6 +105,16 @@ def test_chosen_tiles_hold_normalized_rows(rows, channels):
         assert tile.channels >= channels or not has_norm
         assert min(tile.rows, tile.columns, tile.channels) >= 16  # tensor cores take no less
         assert max(tile.rows, tile.columns // 2) * tile.channels <= 2**14  # else registers spill
+
+
+@pytest.mark.parametrize("width", [64, 256, 768, 1536])
+@pytest.mark.parametrize("rows", [49, 196, 784, 3136])
+def test_blocks_are_as_large_as_leaves_enough_programs(rows, width):
+    tile = small_linear.choose_tile(rows, 256, width, False)
+    place = small_linear.BLOCKS.index(tile[:2])
+    programs = [ceil(rows / m) * ceil(width / n) for m, n in small_linear.BLOCKS[: place + 1]]
+    assert programs[-1] >= small_linear.PROGRAMS or place == len(small_linear.BLOCKS) - 1
+    assert all(count < small_linear.PROGRAMS for count in programs[:-1])
 
 
 def test_nothing_is_read_beyond_the_rows():

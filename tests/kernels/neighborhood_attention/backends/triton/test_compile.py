@@ -20,6 +20,7 @@ from neighborhood_attention.backends import Inputs, load  # noqa: E402
 from neighborhood_attention.backends.triton import (  # noqa: E402
     bias_table,
     fused_backward,
+    fused_direct_forward,
     fused_forward,
     launch,
     tile_table,
@@ -286,6 +287,40 @@ def settings_of(kernel, args, kwargs):
     """The tile of a launch, and its options."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     return values["TILE"], {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg")}
+
+
+# Spatial, kernel size, dilation, head dimensions, whether there is a bias.
+DIRECT = {
+    "map": ((14, 14), 7, 1, (32, 32), True),
+    "dilated": ((56, 56), 7, 8, (32, 32), True),
+    "few keys": ((3, 3), 1, 1, (16, 16), False),
+    "sequence of many keys": ((1000,), 240, 1, (24, 32), True),
+    "volume": ((5, 6, 7), 3, 1, (64, 64), True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIRECT)
+def test_direct_forwards_compile_for_hopper(name, launches, tmp_path, monkeypatch):
+    monkeypatch.setattr(tile_table, "capability", lambda device: "9.0")
+    monkeypatch.setattr(fused_direct_forward, "is_worth_it", lambda problem: True)
+    spatial, kernel_size, dilation, head_dims, has_bias = DIRECT[name]
+    dims = len(spatial)
+    window = Neighborhood((kernel_size,) * dims, (1,) * dims, (dilation,) * dims, (False,) * dims)
+    query, value = (torch.ones(1, *spatial, 2, d, dtype=bf16) for d in head_dims)
+    rpb = torch.ones(2, *window.bias_shape) if has_bias else None
+    fused_forward._prepare.cache_clear()
+    fused_forward.forward(Inputs(query, query, value, rpb), window, 0.5)
+    fused_forward._prepare.cache_clear()
+    [(kernel, args, kwargs)] = launches
+    assert kernel.__name__ == "_direct_forward_kernel"
+    assert kwargs["launch_pdl"]
+    compiled = compile_launch(kernel, args, kwargs)
+    before = compiled.asm["ptx"].partition("griddepcontrol.wait")[0]
+    assert "griddepcontrol.launch_dependents" in before
+    assert "ld.global" not in before
+    assert "cp.async" not in before
+    assert stack_bytes(compiled, tmp_path) == 0
 
 
 UNFUSED = {  # spatial, window, dilation, head dimensions, dtype

@@ -6,7 +6,7 @@ from oracle import Case, check
 
 pytest.importorskip("triton")
 
-from neighborhood_attention import na1d, na2d, na3d
+from neighborhood_attention import na1d, na2d, na2d_qkvpacked, na3d
 from neighborhood_attention.backends.triton import (
     fused_direct_forward,
     fused_forward,
@@ -14,6 +14,7 @@ from neighborhood_attention.backends.triton import (
 )
 from neighborhood_attention.backends.triton.launch import Problem, describe_packed
 
+LOG2_E = 1.4426950408889634
 IS_WORTH_IT = fused_direct_forward.is_worth_it  # before a fixture replaces it
 interpreted = pytest.mark.interpreter
 
@@ -40,21 +41,8 @@ OTHERS = {
 
 
 @pytest.fixture
-def use(monkeypatch):
-    """use(False) leaves all to the other kernels again."""
-
-    def choose(is_used):
-        monkeypatch.setattr(fused_direct_forward, "is_worth_it", lambda problem: is_used)
-        fused_forward._prepare.cache_clear()
-
-    choose(True)
-    yield choose
-    fused_forward._prepare.cache_clear()
-
-
-@pytest.fixture
-def used(use, monkeypatch):
-    """The problems that were prepared for this kernel."""
+def used(monkeypatch):
+    """The problems that were prepared for this kernel, which takes all that it can."""
     found = []
     prepare = fused_forward.direct_forward
 
@@ -62,8 +50,11 @@ def used(use, monkeypatch):
         found.append(problem)
         return prepare(problem, plan, settings)
 
+    monkeypatch.setattr(fused_direct_forward, "is_worth_it", lambda problem: True)
     monkeypatch.setattr(fused_forward, "direct_forward", recorded)
-    return found
+    fused_forward._prepare.cache_clear()
+    yield found
+    fused_forward._prepare.cache_clear()
 
 
 @interpreted
@@ -88,15 +79,48 @@ def test_fp32_takes_another_kernel(used, device):
 
 
 @interpreted
-def test_a_bias_in_the_dtype_of_the_query_is_read_as_it_is(used, device):
+@pytest.mark.parametrize("scale", [-0.7, 0.0], ids=str)
+def test_scales_of_every_sign(scale, used, device):
+    check(na2d, CASES["full window"], torch.float16, device, scale=scale, backend="fused")
+    assert len(used) == 1
+
+
+@interpreted
+def test_a_packed_map_without_a_bias(used, device):
+    qkv = torch.randn(1, 5, 6, 3, 2, 16, device=device).half()
+    query, key, value = qkv.double().unbind(-3)
+    expected = na2d(query, key, value, kernel_size=3, backend="reference")
+    for _ in range(2):  # the second launch takes addresses
+        output = na2d_qkvpacked(qkv, kernel_size=3, backend="fused")
+        torch.testing.assert_close(output.double(), expected, rtol=2e-3, atol=2e-3)
+    assert len(used) == 1
+
+
+@interpreted
+def test_the_bias_is_rounded_as_backwards_round_it_and_may_be_strided(used, device):
     query, key, value = torch.randn(3, 1, 5, 6, 2, 16, device=device).half().unbind()
-    rpb = torch.randn(2, 5, 5, device=device).half()
-    half, single = (
-        na2d(query, key, value, kernel_size=3, rpb=bias, backend="fused")
-        for bias in (rpb, rpb.float())
+    rpb = 500 + torch.randn(5, 5, 2, device=device).permute(2, 0, 1)
+    # In powers of 2, as scores are.
+    rounded = ((rpb * LOG2_E).half().double() / LOG2_E).contiguous()
+    output, expected = (
+        na2d(*tensors, kernel_size=3, rpb=bias, backend=backend)
+        for tensors, bias, backend in (
+            ((query, key, value), rpb, "fused"),
+            ((query.double(), key.double(), value.double()), rounded, "reference"),
+        )
     )
-    assert len(used) == 2
-    assert torch.equal(half, single)
+    assert len(used) == 1
+    error = (output - expected).norm() / expected.norm()
+    assert error < 1e-3  # of a bias that is not rounded: some percent
+
+
+@interpreted
+def test_biases_of_minus_infinity_leave_nothing(used, device):
+    query, key, value = torch.randn(3, 1, 4, 4, 1, 16, device=device).half().unbind()
+    rpb = torch.full((1, 7, 7), -torch.inf, device=device)
+    _, lse = na2d(query, key, value, kernel_size=4, rpb=rpb, return_lse=True, backend="fused")
+    assert len(used) == 1
+    assert not lse.isnan().any()
 
 
 @interpreted
@@ -131,17 +155,16 @@ def test_bf16(used, device):
 
 
 @pytest.mark.gpu
-def test_launches_that_overlap_wait_for_what_they_read(used, device):
-    """Each reads the output of the one before, and a bias that was written just now."""
+def test_launches_that_overlap_wait_for_what_they_read(used, device, monkeypatch):
+    """Each reads what the one before wrote, as its query and as its bias."""
+    # Else a launch that fills the output with NaN would come between.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     start = torch.randn(1, 14, 14, 8, 32, device=device).half()
-    biases = torch.randn(16, 8, 13, 13, device=device)
 
     def chain(wait):
-        x, rpb = start, torch.empty_like(biases[0])
-        for bias in biases:
-            rpb.copy_(bias)
-            wait()
-            x = na2d(x, x, x, kernel_size=7, rpb=rpb, backend="fused")
+        x = start
+        for _ in range(32):
+            rpb = x.flatten()[: 8 * 13 * 13].view(8, 13, 13)
             x = na2d(x, x, x, kernel_size=7, rpb=rpb, backend="fused")
             wait()
         return x
