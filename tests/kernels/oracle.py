@@ -261,3 +261,19 @@ def check(function, case, dtype, device="cpu", tolerance=None, scale=None, **opt
     sizes = magnitudes(case, tensors, grads, scale)
     for name, a in actual.items():
         assert_close(name, a, references[name], tolerance or TOLERANCE[dtype], sizes[name])
+
+
+def check_that_nan_shows(function, head_dim, dtype, device="cpu", **options):
+    """One query's NaN, on a map with one window, must reach all of its own results and no others.
+
+    Args:
+        function: For maps.
+    """
+    query, key, value = torch.randn(3, 1, 4, 4, 1, head_dim, device=device).to(dtype).unbind()
+    query[0, 1, 2] = torch.nan
+    output, lse = function(query, key, value, kernel_size=4, return_lse=True, **options)
+    is_nan = lse[0, ..., 0].isnan()
+    assert is_nan[1, 2]
+    assert is_nan.sum() == 1
+    assert output[0, 1, 2].isnan().all()
+    assert output.isnan().sum() == head_dim

@@ -22,7 +22,7 @@ from neighborhood_attention.backends.triton.launch import (
     reading_launch,
 )
 from neighborhood_attention.backends.triton.tile import Tile
-from neighborhood_attention.backends.triton.tiles import TilePlan, plan_tiles, three_axes, tile_axis
+from neighborhood_attention.backends.triton.tiles import TilePlan, plan_tiles, tile_axes
 from neighborhood_attention.backends.triton.window import (
     attending_pairs,
     block_positions,
@@ -70,11 +70,8 @@ def direct_plan(problem: Problem, window: Neighborhood) -> TilePlan | None:
     if not (is_half and is_light and problem.additional_keys is None and is_worth_it(problem)):
         return None
     tile, spatial = TILES[window.dims], tuple(problem.spatial)
-    settings = zip(
-        three_axes(spatial), three_axes(window.kernel_size), three_axes(window.stride),
-        three_axes(window.dilation), three_axes(window.is_causal, False), tile, strict=True,
-    )  # fmt: skip
-    extents = [triton.next_power_of_2(tile_axis(*axis, False).extent) for axis in settings]
+    axes = tile_axes(tile, window, spatial, of_keys=False)
+    extents = [triton.next_power_of_2(axis.extent) for axis in axes]
     extents[-1] = max(extents[-1], 16 // prod(extents[:-1]))  # tensor cores take no less
     if prod(extents) > MAX_KEYS:
         return None

@@ -211,6 +211,17 @@ def tile_axis(
     return TileAxis(len(ranges[0]), front, back, len(lengths), extent)
 
 
+def tile_axes(
+    tile: Sequence[int], window: Neighborhood, spatial: Sequence[int], of_keys: bool
+) -> list[TileAxis]:
+    """The tiles of queries, or of keys, of each of three axes of a map."""
+    settings = zip(
+        three_axes(spatial), three_axes(window.kernel_size), three_axes(window.stride),
+        three_axes(window.dilation), three_axes(window.is_causal, False), tile, strict=True,
+    )  # fmt: skip
+    return [tile_axis(*values, of_keys) for values in settings]
+
+
 class TilePlan:
     """The tiles of a map, of queries or of keys, for one kernel.
 
@@ -226,12 +237,7 @@ class TilePlan:
     ) -> None:
         self.tile = tile
         self.of_keys = of_keys
-        settings = zip(
-            three_axes(spatial), three_axes(window.kernel_size), three_axes(window.stride),
-            three_axes(window.dilation), three_axes(window.is_causal, False), tile.tile,
-            strict=True,
-        )  # fmt: skip
-        self.axes = [tile_axis(*values, of_keys) for values in settings]
+        self.axes = tile_axes(tile.tile, window, spatial, of_keys)
         self.strips = tuple(
             ceil(axis.extent / strip) for axis, strip in zip(self.axes, tile.strip, strict=True)
         )
