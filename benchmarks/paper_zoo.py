@@ -49,7 +49,8 @@ def _layer_rows(record: Record) -> Iterator[list[str]]:
 
 def _ratio(ours: float, theirs: float) -> str:
     """Bold where fused is slower."""
-    return f"**{theirs / ours:.2f}**" if ours > NOISE * theirs else f"{theirs / ours:.2f}"
+    ratio = f"{theirs / ours:.2f}"
+    return f"**{ratio}**" if is_slower(ours, theirs) else ratio
 
 
 def not_measured(result: Record) -> str:
@@ -78,11 +79,11 @@ def slower(result: Record) -> str:
     for record in result["results"]:
         for name in PASSES if Problem.of(record) not in zoo else ():
             for other in OTHERS:
-                if loses(record, other, name):
-                    ((ours, theirs),) = pairs([record], "fused", other, name)
-                    cells = f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"
-                    problem = str(Problem.of(record))
-                    rows.append([problem, record["precision"], name, other, *cells])
+                for ours, theirs in pairs([record], "fused", other, name):
+                    if is_slower(ours, theirs):
+                        cells = f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"
+                        problem = str(Problem.of(record))
+                        rows.append([problem, record["precision"], name, other, *cells])
     rows.sort(key=lambda row: -float(row[-1]))
     title = f"Of the other problems fused is slower in {len(rows)} cases, the 30 worst:\n\n"
     head = ["problem", "precision", "pass", "than", "fused us", "us", "ratio"]
@@ -90,5 +91,10 @@ def slower(result: Record) -> str:
 
 
 def loses(record: Record, other: str, name: str) -> bool:
-    """Whether fused is slower, by more than noise."""
-    return any(ours > NOISE * theirs for ours, theirs in pairs([record], "fused", other, name))
+    """Whether fused is slower."""
+    return any(is_slower(*times) for times in pairs([record], "fused", other, name))
+
+
+def is_slower(ours: float, theirs: float) -> bool:
+    """By more than noise."""
+    return ours > NOISE * theirs
