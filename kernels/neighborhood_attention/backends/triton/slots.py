@@ -10,7 +10,6 @@ import triton.language as tl
 
 from neighborhood_attention.backends.triton.window import (
     bias_index,
-    block_positions,
     group_length,
     window_end,
     window_start,
@@ -93,19 +92,19 @@ def pair_slots(
 
 
 @triton.jit
-def slot_keys(
-    query, slot, length, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr
+def windows_of(
+    query, length, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr
 ):
-    """The keys in slots of the queries' windows, and which slots hold one."""
-    slots = block_positions(KERNEL_SIZE, slot)
-    start_d = window_start(query[0], length[0], KERNEL_SIZE[0], STRIDE[0], IS_CAUSAL[0])
-    start_h = window_start(query[1], length[1], KERNEL_SIZE[1], STRIDE[1], IS_CAUSAL[1])
-    start_w = window_start(query[2], length[2], KERNEL_SIZE[2], STRIDE[2], IS_CAUSAL[2])
-    key = (start_d + slots[0], start_h + slots[1], start_w + slots[2])
-    is_key = slot < KERNEL_SIZE[0] * KERNEL_SIZE[1] * KERNEL_SIZE[2]
-    is_key &= key[0] < window_end(query[0], start_d, KERNEL_SIZE[0], IS_CAUSAL[0])
-    is_key &= key[1] < window_end(query[1], start_h, KERNEL_SIZE[1], IS_CAUSAL[1])
-    return key, is_key & (key[2] < window_end(query[2], start_w, KERNEL_SIZE[2], IS_CAUSAL[2]))
+    """The first keys of queries' windows, and their numbers of keys, constant if not causal."""
+    d = window_start(query[0], length[0], KERNEL_SIZE[0], STRIDE[0], IS_CAUSAL[0])
+    h = window_start(query[1], length[1], KERNEL_SIZE[1], STRIDE[1], IS_CAUSAL[1])
+    w = window_start(query[2], length[2], KERNEL_SIZE[2], STRIDE[2], IS_CAUSAL[2])
+    count = (
+        window_end(query[0], d, KERNEL_SIZE[0], IS_CAUSAL[0]) - d,
+        window_end(query[1], h, KERNEL_SIZE[1], IS_CAUSAL[1]) - h,
+        window_end(query[2], w, KERNEL_SIZE[2], IS_CAUSAL[2]) - w,
+    )
+    return (d, h, w), count
 
 
 @triton.jit

@@ -7,8 +7,8 @@ from torch import Tensor
 from neighborhood_attention.backends.triton.launch import Launch, Problem
 from neighborhood_attention.geometry import Neighborhood
 
-# Of a program, where a row has no more.
-BLOCK_ELEMENTS = 1024
+# Of a warp. A program has one, where it holds a row: then no sum crosses warps.
+WARP_ELEMENTS = 512
 
 
 class Softmax:
@@ -17,10 +17,10 @@ class Softmax:
     def __init__(self, problem: Problem, window: Neighborhood) -> None:
         rows = problem.query.shape[:-1].numel()
         columns = triton.next_power_of_2(window.size)
-        block_rows = max(1, BLOCK_ELEMENTS // columns)
+        block_rows = max(1, WARP_ELEMENTS // columns)
         arguments = {"rows": rows, "WINDOW": window.size, "ROWS": block_rows, "COLUMNS": columns}
         programs = triton.cdiv(rows, block_rows)
-        num_warps = min(16, max(4, columns // 1024))
+        num_warps = min(16, max(1, columns // WARP_ELEMENTS))
         self._normalize = Launch(_softmax_kernel, programs, arguments, num_warps=num_warps)
         self._gradient = Launch(_gradient_kernel, programs, arguments, num_warps=num_warps)
 

@@ -357,3 +357,34 @@ def test_all_unfused_kernels_compile_for_hopper(backend, name, launches, monkeyp
         )
         uses_tensor_cores = "mma" in compiled.asm["ptx"]
         assert uses_tensor_cores == (multiplies and head_dims != (256, 256)), kernel.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(fp16, 32), (bf16, 128), (fp32, 64)], ids=["fp16", "bf16", "fp32"]
+)
+def test_naive_reads_whole_vectors_and_sums_in_registers(dtype, head_dim, launches, tmp_path):
+    window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
+    rows = torch.ones(2, 56, 56, 4, head_dim, dtype=dtype)
+    inputs = Inputs(rows, rows, rows)
+    naive = load("naive")
+    output, lse = naive.forward(inputs, window, 0.5)
+    naive.backward(output, lse, inputs, output, lse, window, 0.5, inputs)
+    # Bytes: products change threads to be stored, maxima of the numbers of queries cross warps.
+    shared = {"_products_kernel": 512, "_sums_kernel": 0, "_key_sums_kernel": 8}
+    found = {kernel.__name__: (kernel, args, kwargs) for kernel, args, kwargs in launches}
+    for name, most in shared.items():
+        compiled = compile_launch(*found[name])
+        assert compiled.metadata.shared <= most, name
+        assert stack_bytes(compiled, tmp_path) <= 16, name
+        assert "ld.global.v4.b32" in compiled.asm["ptx"], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [fp16, fp32], ids=str)
+def test_no_row_of_a_small_window_crosses_warps_in_the_softmax(dtype, launches):
+    window = Neighborhood((7, 7), (1, 1), (1, 1), (False, False))
+    rows = torch.ones(2, 56, 56, 4, 32, dtype=dtype)
+    load("naive").forward(Inputs(rows, rows, rows), window, 0.5)
+    (launch,) = (launch for launch in launches if launch[0].__name__ == "_softmax_kernel")
+    assert "bar.sync" not in compile_launch(*launch).asm["ptx"]

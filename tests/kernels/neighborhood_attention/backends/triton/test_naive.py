@@ -8,11 +8,12 @@ from neighborhood_attention import na1d, na2d, na3d
 
 pytestmark = pytest.mark.interpreter
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
-ONE = {"batch": 1, "heads": 1, "head_dim": 64}  # blocks of 4 tokens and 8 neighbors
+ONE = {"batch": 1, "heads": 1, "head_dim": 128}  # blocks of 8 tokens, and of 4 neighbors
 CASES = {
     "several blocks of neighbors": Case((11,), (10,), **ONE),
     "heads and images": Case((4,), (3,), head_dim=60, rpb=False),
     "several lines": Case((3, 3), (2, 2), **ONE),
+    "several planes": Case((3, 2, 4), (2, 2, 3), **ONE, is_causal=(False, False, True)),
 }
 
 

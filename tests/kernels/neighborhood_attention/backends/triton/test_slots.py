@@ -14,8 +14,9 @@ from neighborhood_attention.backends.triton.slots import (  # noqa: E402
     map_tokens,
     on_map,
     pair_slots,
-    slot_keys,
+    windows_of,
 )
+from neighborhood_attention.backends.triton.window import block_positions  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
 
@@ -32,7 +33,11 @@ def _slots(
     query = in_group(token, DILATION)
     group, length = groups_of(token, size, DILATION)
     slot = tl.arange(0, SLOTS)[None, :]
-    key, is_key = slot_keys(query, slot, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+    first, count = windows_of(query, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
+    step = block_positions(KERNEL_SIZE, slot)
+    is_key = slot < KERNEL_SIZE[0] * KERNEL_SIZE[1] * KERNEL_SIZE[2]
+    is_key &= (step[0] < count[0]) & (step[1] < count[1]) & (step[2] < count[2])
+    key = (first[0] + step[0], first[1] + step[1], first[2] + step[2])
     found, attends = pair_slots(query, key, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
     d, h, w = on_map(key, group, DILATION)
     index = tl.arange(0, TOKENS)[:, None] * SLOTS + slot
