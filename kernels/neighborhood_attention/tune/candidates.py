@@ -12,6 +12,7 @@ from neighborhood_attention.backends.triton.tiles import (
     NARROW,
     WHOLE_GROUP,
     WINDOWED,
+    default_tiles,
     plan_tiles,
     tiles_by_rule,
 )
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 # By the number of axes.
 _TILES = {
     1: [(1, 1, 16), (1, 1, 32), (1, 1, 64)],
-    2: [(1, 4, 4), (1, 2, 8), (1, 4, 8), (1, 2, 16), (1, 8, 8), (1, 4, 16)],
+    2: [(1, 4, 4), (1, 2, 8), (1, 4, 8), (1, 8, 4), (1, 2, 16), (1, 8, 8), (1, 4, 16)],
     3: [(1, 4, 4), (2, 2, 4), (2, 4, 4), (2, 4, 8), (4, 4, 4)],
 }
 _STRIPS = {
@@ -66,12 +67,12 @@ def candidates(
     """For one kernel, named as in `Tiles`; none where it cannot run the problem."""
     listed = [*_listed(kernel, problem, window, multiprocessors)]
     by_rule = tiles_by_rule(problem, window)
-    proven = _PROVEN if by_rule in _PROVEN else (by_rule,)
+    proven = (*(_PROVEN if by_rule in _PROVEN else (by_rule,)), default_tiles(problem, window))
     known = [tile for tiles in proven if (tile := getattr(tiles, kernel)) is not None]
     wastes = {
         tile: scores_of_a_token(kernel, tile, window, problem.spatial) for tile in listed + known
     }
-    limit = MAX_WASTE * min(wastes[tile] for tile in listed)
+    limit = MAX_WASTE * min(wastes.values())
     return [
         tile
         for tile, waste in wastes.items()

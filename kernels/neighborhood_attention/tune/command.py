@@ -28,7 +28,7 @@ from neighborhood_attention.backends.triton import tile_table
 from neighborhood_attention.backends.triton.fused_direct_forward import direct_plan
 from neighborhood_attention.backends.triton.tile import Tiles
 from neighborhood_attention.backends.triton.tile_table import KERNELS, PRECISIONS, from_record
-from neighborhood_attention.backends.triton.tiles import choose_tiles, tiles_by_rule
+from neighborhood_attention.backends.triton.tiles import choose_tiles, default_tiles
 from neighborhood_attention.tune.ahead import Ahead, Part
 from neighborhood_attention.tune.choice import Chooser, NoTiles, is_of
 from neighborhood_attention.tune.passes import FORWARD_KERNELS, Pass, Shape, Work
@@ -202,7 +202,7 @@ def choose(
         table.pop(bench.key, None)  # what was tried last
         table.update({} if before is None else {bench.key: before})
         raise
-    entry = chooser.entry(tiles, tiles_by_rule(bench.problem, bench.window), routes)
+    entry = chooser.entry(tiles, default_tiles(bench.problem, bench.window), routes)
     table[bench.key] = {**(before or {}), **entry}
     torch.cuda.empty_cache()
 

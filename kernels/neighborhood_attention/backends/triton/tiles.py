@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from itertools import product
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger("neighborhood_attention")
+
+# A tile takes another shape where that computes at most this share of its scores.
+MAX_SHARE = 0.95
 
 # The fastest of those measured on an H100 (the rings: an H200) with head dimension 32 and 16 bits:
 # see benchmarks/NOTES.md.
@@ -112,8 +116,8 @@ HUGE = {
 
 
 def choose_tiles(problem: "Problem", window: Neighborhood) -> Tiles:
-    """The tiles for a problem: those of the table, else those by the rule."""
-    key, tiles = Key.of(problem, window), tiles_by_rule(problem, window)
+    """The tiles for a problem: those of the table, else the default ones."""
+    key, tiles = Key.of(problem, window), default_tiles(problem, window)
     entry = table().get(key)
     if entry is not None:
         settings: dict[str, Any] = dict(entry)
@@ -132,6 +136,11 @@ def _warn_untuned(capability: str) -> None:
             "see python -m neighborhood_attention.tune --help",
             capability,
         )
+
+
+def default_tiles(problem: "Problem", window: Neighborhood) -> Tiles:
+    """By the rule, in shapes that fit the map and the window."""
+    return fitted(tiles_by_rule(problem, window), window, tuple(problem.spatial))
 
 
 def tiles_by_rule(problem: "Problem", window: Neighborhood) -> Tiles:
@@ -153,6 +162,55 @@ def tiles_by_rule(problem: "Problem", window: Neighborhood) -> Tiles:
     parts = 1 if is_half else 4 if problem.precision == "tf32x3" else 2
     weight = head_dim * parts
     return (LIGHT if weight <= 64 else HEAVY if weight <= 128 else HEAVIEST)[window.dims]
+
+
+def fitted(tiles: Tiles, window: Neighborhood, spatial: tuple[int, ...]) -> Tiles:
+    """With tiles and strips of as many tokens but another shape, where those compute less."""
+    changed = {}
+    for kernel in ("forward", "query_gradient", "key_gradient", "bias_gradient"):
+        tile = getattr(tiles, kernel)
+        best = _fitted(tile, window, spatial, of_keys=kernel == "key_gradient")
+        if best != tile:
+            changed[kernel] = best
+    return replace(tiles, **changed) if changed else tiles
+
+
+def _fitted(tile: Tile, window: Neighborhood, spatial: tuple[int, ...], of_keys: bool) -> Tile:
+    shapes = product(_shapes(prod(tile.tile), window.dims), _shapes(prod(tile.strip), window.dims))
+
+    def scores(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+        return count_scores(*shape, window, spatial, of_keys)
+
+    best = min(shapes, key=scores)
+    if scores(best) > MAX_SHARE * scores((tile.tile, tile.strip)):
+        return tile
+    return replace(tile, tile=best[0], strip=best[1])
+
+
+@cache
+def _shapes(tokens: int, dims: int) -> list[tuple[int, int, int]]:
+    """Three axes whose sizes are powers of 2, the last axis the longest first."""
+    powers = [2**i for i in range(tokens.bit_length())]
+    found = [(d, h, tokens // (d * h)) for d in powers for h in powers if d * h <= tokens]
+    return sorted(
+        (shape for shape in found if all(n == 1 for n in shape[: 3 - dims])),
+        key=lambda shape: (-shape[2], -shape[1]),
+    )
+
+
+def count_scores(
+    tile: Sequence[int],
+    strip: Sequence[int],
+    window: Neighborhood,
+    spatial: tuple[int, ...],
+    of_keys: bool,
+) -> int:
+    """Scores that the longest dilation group computes, in tiles and strips of these shapes."""
+    axes = tile_axes(tile, window, spatial, of_keys)
+    return prod(
+        axis.tiles * tokens * ceil(axis.extent / keys) * keys
+        for axis, tokens, keys in zip(axes, tile, strip, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
 import dataclasses
+from itertools import chain
+from math import prod
 
 import pytest
 import torch
@@ -25,6 +27,9 @@ from neighborhood_attention.backends.triton.tiles import (
     WINDOWED,
     TilePlan,
     choose_tiles,
+    count_scores,
+    default_tiles,
+    fitted,
     plan_tiles,
     three_axes,
     tile_axis,
@@ -183,6 +188,54 @@ def test_the_larger_of_both_head_dimensions_decides():
     assert tiles_by_rule(Problem.of(describe(Inputs(value, value, query))), window) is HEAVY[2]
 
 
+@given(axes(), axes(), st.sampled_from([(4, 8), (8, 2)]), st.booleans())
+@settings(max_examples=50)
+def test_scores_are_those_of_whole_strips_for_whole_tiles(height, width, sizes, of_keys):
+    (rows, columns), (high, wide) = sizes, sizes[::-1]
+    both = zip(height, width, strict=True)
+    spatial, kernel_size, stride, dilation, is_causal = map(tuple, both)
+    window = Neighborhood(kernel_size, stride, dilation, is_causal)
+    expected = 1
+    for axis, tile, strip in ((height, rows, high), (width, columns, wide)):
+        counts = []
+        for group in range(axis[3]):
+            met = met_tokens(*axis, group, of_keys)
+            tiles = [{*chain(*met[i : i + tile])} for i in range(0, len(met), tile)]
+            extents = [max(tokens) - min(tokens) + 1 for tokens in tiles]
+            counts.append((len(tiles), max(extents)))
+        most, extent = (max(numbers) for numbers in zip(*counts, strict=True))
+        expected *= most * tile * -(-extent // strip) * strip
+    tile, strip = (1, rows, columns), (1, high, wide)
+    assert count_scores(tile, strip, window, spatial, of_keys) == expected
+
+
+def test_tiles_take_the_shape_that_computes_least():
+    eleven = Neighborhood((11, 11), (1, 1), (1, 1), (False, False))
+    chosen = fitted(HEAVY[2], eleven, (24, 24))
+    assert chosen.forward == dataclasses.replace(
+        HEAVY[2].forward, tile=chosen.forward.tile, strip=chosen.forward.strip
+    )
+    for kernel in ("forward", "query_gradient", "key_gradient", "bias_gradient"):
+        tile, plain = getattr(chosen, kernel), getattr(HEAVY[2], kernel)
+        assert (prod(tile.tile), prod(tile.strip)) == (prod(plain.tile), prod(plain.strip))
+        fewest = min(
+            count_scores((1, a, 16 // a), (1, b, 32 // b), eleven, (24, 24), kernel[0] == "k")
+            for a in (1, 2, 4, 8, 16)
+            for b in (1, 2, 4, 8, 16, 32)
+        )
+        scores = count_scores(tile.tile, tile.strip, eleven, (24, 24), kernel[0] == "k")
+        assert scores == fewest
+
+
+def test_flat_axes_stay_flat_and_a_tile_that_fits_keeps_its_shape():
+    line = Neighborhood((11,), (1,), (1,), (False,))
+    assert fitted(LIGHT[1], line, (24,)) is LIGHT[1]
+    assert fitted(WINDOWED, SEVEN, (56, 56)) is WINDOWED
+    chosen = fitted(WINDOWED, Neighborhood((13, 3), (1, 1), (1, 1), (False, False)), (56, 56))
+    assert chosen.forward != WINDOWED.forward
+    assert chosen.forward.tile[0] == chosen.forward.strip[0] == 1
+
+
 @pytest.fixture
 def capability(monkeypatch):
     """capability("9.0"): of all GPUs from now on."""
@@ -209,7 +262,8 @@ def test_the_table_stands_above_the_rule(capability, monkeypatch):
     monkeypatch.setitem(tile_table.table(), Key.of(problem, SEVEN), entry)
     assert choose_tiles(problem, SEVEN) == dataclasses.replace(WINDOWED, **entry)
     assert choose_tiles(problem_of(21), SEVEN) is WINDOWED
-    assert choose_tiles(problem_of(20, torch.float32), SEVEN) is HEAVY[2]  # of three products
+    single = problem_of(20, torch.float32)
+    assert choose_tiles(single, SEVEN) == default_tiles(single, SEVEN)
 
 
 @pytest.mark.parametrize("entry", [{}, {"ring_forward": None}], ids=str)
