@@ -30,9 +30,9 @@ def using(*operations: Operation) -> Iterator[None]:
     """Run these operations fused wherever there are kernels for it, and no others.
 
     Without it they run fused on a GPU of the measured kind, where the tensors are large enough;
-    norms in compiled code only before layers and where gradients are enabled, since PyTorch's
-    compiler makes about the same of others. Code compiled under one choice is compiled again under
-    another.
+    norms in compiled code only before layers where gradients are enabled, and of few tokens, since
+    PyTorch's compiler makes about the same of others. Code compiled under one choice is compiled
+    again under another.
 
     Args:
         operations: "add_layer_norm" (also alone, without an addition), "mlp" and "small_linear".
@@ -60,13 +60,19 @@ def norm_is_used(x: Tensor, with_layers: bool = False) -> bool:
         and (
             "add_layer_norm" in _chosen
             if _chosen is not None
-            else (not torch.compiler.is_compiling() or (with_layers and torch.is_grad_enabled()))
-            and _is_measured(x)
-            and x.numel() >= MIN_ROWS * x.shape[-1]
+            else _is_measured(x) and _norm_pays(x, with_layers)
         )
         and _has_kernels(x.device, 8)
         and not _is_observed()
     )
+
+
+def _norm_pays(x: Tensor, with_layers: bool) -> bool:
+    if not torch.compiler.is_compiling() or (with_layers and torch.is_grad_enabled()):
+        return x.numel() >= MIN_ROWS * x.shape[-1]
+    # PyTorch's compiler takes two kernels and 14 us for the norm of one image's stem.
+    few = x.dtype in _HALF and x.numel() <= MAX_SMALL
+    return few and not with_layers and not torch.is_grad_enabled()
 
 
 def mlp_is_used(x: Tensor, weight1: Tensor, weight2: Tensor) -> bool:

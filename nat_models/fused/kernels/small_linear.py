@@ -7,8 +7,9 @@ With few rows nothing but latency counts: of launches, and of loads that wait fo
 program computes a small tile, and where K fits into one block it loads all that it needs before it
 computes.
 
-A launch may overlap with the end of the kernel before it in the stream (programmatic dependent
-launch): only the weight, the bias and gamma are read before that has ended.
+A launch may overlap with the kernel before it in the stream (programmatic dependent launch): only
+the weight, the bias and gamma are read before that has ended. It lets the next launch begin no
+earlier: programs of several kernels that wait take the room in which those of one should run.
 """
 
 from functools import lru_cache
@@ -26,9 +27,8 @@ from neighborhood_attention.backends.triton.launch import CACHED_PROBLEMS, Launc
 
 # Channels that a normalized row may have: a program holds its rows.
 MAX_NORM_CHANNELS = 1024
-# Rows and columns of a program, the largest first.
-BLOCKS = (32, 64), (16, 64), (16, 32), (16, 16)
-PROGRAMS = 64  # at least, where blocks can be so small
+COLUMNS = 64, 32, 16  # of a program
+MIN_PROGRAMS, MAX_PROGRAMS = 64, 400  # where blocks can be so small, or so large
 MAX_ROWS, MAX_WEIGHTS = 2**14, 2**15  # elements that a program's registers hold
 
 
@@ -44,15 +44,17 @@ class Tile(NamedTuple):
 
 
 def choose_tile(rows: int, channels: int, width: int, has_norm: bool) -> Tile:
-    """The largest block that leaves enough programs.
+    """Few rows, and as many columns as leave enough programs; more rows for fewer programs.
 
-    Of one image's layers most are within a tenth of the fastest tile so (benchmarks/NOTES.md).
+    By a search within NAT-Tiny for one image on an H200 (benchmarks/NOTES.md).
     """
     whole = max(16, triton.next_power_of_2(channels))
-    step = whole if has_norm or whole <= 256 else 128
-    fitting = [(m, n) for m, n in BLOCKS if m * step <= MAX_ROWS and n * step <= MAX_WEIGHTS]
-    enough = (block for block in fitting if _programs(rows, width, *block) >= PROGRAMS)
-    m, n = next(enough, BLOCKS[-1])
+    step = whole if has_norm or whole <= 256 else whole // 4
+    fitting = [n for n in COLUMNS if n * step <= MAX_WEIGHTS]
+    enough = (n for n in fitting if _programs(rows, width, 16, n) >= MIN_PROGRAMS)
+    m, n = 16, next(enough, COLUMNS[-1])
+    while m < 64 and 2 * m * step <= MAX_ROWS and _programs(rows, width, m, n) > MAX_PROGRAMS:
+        m *= 2
     return Tile(m, n, step, 4 if m * step <= 2**13 else 8, 1 if step == whole else 3)
 
 
@@ -125,8 +127,8 @@ def _small_linear_kernel(
     if gamma is not None:
         scale = tl.load(gamma + column, column < WIDTH, 0.0).to(tl.float32)
     if OVERLAPS:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     offset = row[:, None].to(tl.int64) * WIDTH + column[None, :]
     exists = (row < rows)[:, None] & (column < WIDTH)[None, :]
     if residual is not None:

@@ -73,6 +73,21 @@ def test_norms_are_left_to_the_compiler(on_hopper):
         assert compiled(large) == 0
 
 
+def test_norms_of_few_tokens_are_fused_in_compiled_inference(on_hopper):
+    few = torch.zeros(1, dtype=torch.bfloat16).expand(use.MAX_SMALL // 128, 64)
+
+    def function(x):
+        return x.sum() + int(fused.norm_is_used(x)) + 2 * int(fused.norm_is_used(x, True))
+
+    assert function(few) == 0
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(few) == 0
+    with torch.no_grad():
+        assert compiled(few) == 1
+        assert compiled(few.float()) == 0
+        assert compiled(few.expand(3, *few.shape)) == 0
+
+
 def test_products_are_fused_in_compiled_code(on_hopper):
     large = torch.zeros(1, dtype=torch.bfloat16).expand(use.MIN_HIDDEN // 96, 64)
 

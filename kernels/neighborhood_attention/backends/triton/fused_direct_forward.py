@@ -2,8 +2,9 @@
 
 A program holds all keys that its queries attend to, fetches their biases score by score, and does
 the softmax at once: s = (scale * q k^T + bias) log2 e ; m = max s ; p = 2^(s - m) ;
-o = p v / sum p. It may begin while the kernel before it ends (programmatic dependent launch), and
-lets the one behind it begin; nothing is read before that kernel has ended.
+o = p v / sum p. It may begin while the kernel before it runs (programmatic dependent launch), and
+reads nothing before that has ended. Then it lets the one behind it begin, and not before: programs
+of several kernels that wait take the room in which those of one should run.
 """
 
 from math import prod
@@ -134,8 +135,8 @@ def _direct_forward_kernel(
     key += image * key_strides[0] + key_head * key_strides[4]
     value += image * value_strides[0] + key_head * value_strides[4]
     if OVERLAPS:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     q = load_tokens(query, token_offsets(token, query_strides, WIDE), is_query, HEAD_DIM, BLOCK_D)
     k = load_tokens(key, offsets, None, HEAD_DIM, BLOCK_D)
     v = load_tokens(value, value_offsets, None, VALUE_DIM, BLOCK_V)

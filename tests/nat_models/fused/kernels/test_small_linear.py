@@ -108,13 +108,18 @@ def test_chosen_tiles_hold_normalized_rows(rows, channels):
 
 
 @pytest.mark.parametrize("width", [64, 256, 768, 1536])
-@pytest.mark.parametrize("rows", [49, 196, 784, 3136])
-def test_blocks_are_as_large_as_leaves_enough_programs(rows, width):
-    tile = small_linear.choose_tile(rows, 256, width, False)
-    place = small_linear.BLOCKS.index(tile[:2])
-    programs = [ceil(rows / m) * ceil(width / n) for m, n in small_linear.BLOCKS[: place + 1]]
-    assert programs[-1] >= small_linear.PROGRAMS or place == len(small_linear.BLOCKS) - 1
-    assert all(count < small_linear.PROGRAMS for count in programs[:-1])
+@pytest.mark.parametrize("rows", [49, 196, 784, 3136, 8192])
+def test_blocks_leave_enough_programs_and_not_too_many(rows, width):
+    tile = small_linear.choose_tile(rows, 64, width, False)
+
+    def programs(m, n):
+        return ceil(rows / m) * ceil(width / n)
+
+    least, most = small_linear.MIN_PROGRAMS, small_linear.MAX_PROGRAMS
+    assert programs(16, tile.columns) >= least or tile.columns == 16
+    assert programs(16, 2 * tile.columns) < least or tile.columns == 64
+    assert programs(*tile[:2]) <= most or tile.rows == 64
+    assert tile.rows == 16 or programs(tile.rows // 2, tile.columns) > most
 
 
 def test_nothing_is_read_beyond_the_rows():
