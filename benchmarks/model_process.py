@@ -130,7 +130,7 @@ class Workers:
     ) -> None:
         kept = []
         for worker, case in zip(workers, cases, strict=True):
-            compiles = case.execution not in ("eager", "captured")
+            compiles = case.is_compiled
             compiles |= case.attention_backend not in (None, *list_backends())
             is_clean = not compiles and not profile
             if is_clean and worker.record["status"] in ("ok", "out of memory"):

@@ -34,6 +34,7 @@ EXECUTIONS = {
     "captured": "captured by hand",
     "compiled": "compiled",
     "cuda_graphs": "compiled, CUDA graphs",
+    "captured_compiled": "compiled, captured by hand",
 }
 COLORS = {"ours": "#c8501e", "peers": "#5b6770"}
 COMPONENT_COLORS = {

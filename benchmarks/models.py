@@ -119,7 +119,8 @@ PRESETS = {
     "headline": [
         Grid(TINY, INFERENCE, batch_sizes=(256,), precisions=("bfloat16-true",)),
         Grid(TINY, TRAINING, batch_sizes=(128,)),
-        Grid(TINY, INFERENCE, batch_sizes=(1,), precisions=("bfloat16-true",)),
+        Grid(TINY, INFERENCE, ("eager", "compiled", "cuda_graphs", "captured_compiled"),
+             batch_sizes=(1,), precisions=("bfloat16-true",), together=16),
     ],
     "sizes": [*_sizes(INFERENCE, 128, precisions=("bfloat16-true",)), *_sizes(TRAINING, 64)],
     "backends": [

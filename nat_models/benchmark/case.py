@@ -5,7 +5,8 @@ from typing import Any, cast
 
 from timm.models import get_pretrained_cfg
 
-EXECUTIONS = ["eager", "captured", "compiled", "cuda_graphs"]
+EXECUTIONS = ["eager", "captured", "compiled", "cuda_graphs", "captured_compiled"]
+GRAPHS = {"captured", "cuda_graphs", "captured_compiled"}
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16", "bfloat16-true", "float16-true"]
 
 
@@ -16,8 +17,10 @@ class Case:
     Attributes:
         model: A name that timm knows.
         kind: "inference", or "training": forward, cross entropy, backward, AdamW.
-        execution: "eager"; "captured", the eager step as one CUDA graph; "compiled"; or
-            "cuda_graphs", compiled and replayed as CUDA graphs (`mode="reduce-overhead"`).
+        execution: "eager"; "captured", the eager step as one CUDA graph; "compiled";
+            "cuda_graphs", compiled and replayed as CUDA graphs (`mode="reduce-overhead"`); or
+            "captured_compiled", the compiled step as one CUDA graph: what PyTorch checks and
+            copies before it replays one of its own is left out.
         batch_size: Images of a step.
         precision: "float32"; "tf32", for products and convolutions; "bfloat16" or "float16" for
             autocast; with "-true" for weights and images of that type.
@@ -34,6 +37,16 @@ class Case:
     input_size: int | None = None
     attention_backend: str | None = None
     channels_last: bool = True
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether PyTorch compiles the model."""
+        return self.execution not in ("eager", "captured")
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the benchmark records the whole step as one CUDA graph."""
+        return self.execution.startswith("captured")
 
     @property
     def image_shape(self) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nat_models.benchmark import steps
-from nat_models.benchmark.case import Case
+from nat_models.benchmark.case import GRAPHS, Case
 from nat_models.benchmark.components import milliseconds_by_component
 from nat_models.benchmark.timing import Timing, synchronize, time_calls
 
@@ -97,7 +97,7 @@ class Candidate:
 
     @property
     def _replays(self) -> bool:
-        return self.case.execution in ("captured", "cuda_graphs")
+        return self.case.execution in GRAPHS
 
     def call_first(self, step: steps.Step) -> None:
         """The call in which all is compiled."""

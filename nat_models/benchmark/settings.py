@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import nat_models
-from nat_models.benchmark.case import EXECUTIONS, PRECISIONS, Case
+from nat_models.benchmark.case import EXECUTIONS, GRAPHS, PRECISIONS, Case
 from nat_models.benchmark.measure import Sampling
 from nat_models.names import check_model_name
 from neighborhood_attention import list_backends, resolve_backend
@@ -54,7 +54,7 @@ class Settings:
                     raise ValueError(f"{key}={value}: expected at least {least}")
         if not self.round_seconds > 0:
             raise ValueError(f"round_seconds={self.round_seconds}: expected more than 0")
-        for execution in {"captured", "cuda_graphs"}.intersection(self.execution):
+        for execution in GRAPHS.intersection(self.execution):
             if not self.device.startswith("cuda"):
                 raise ValueError(f"{execution=!s}: device={self.device} has no CUDA graphs")
         if self.output.is_dir():

@@ -38,7 +38,7 @@ def create_step(model: nn.Module, images: Tensor, case: Case) -> Step:
     torch.backends.cudnn.allow_tf32 = is_tf32  # PyTorch lets convolutions use it by default
     model.train(case.kind == "training")
     graphs = case.execution == "cuda_graphs"
-    if case.execution in ("compiled", "cuda_graphs"):
+    if case.is_compiled:
         model.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
     casts = case.precision in ("bfloat16", "float16")
     dtype = getattr(torch, case.precision) if casts else torch.bfloat16
@@ -52,7 +52,7 @@ def create_step(model: nn.Module, images: Tensor, case: Case) -> Step:
     step: Step = torch.inference_mode()(forward)
     if case.kind == "training":
         step = _training(model, images, case, forward)
-    return capture(step) if case.execution == "captured" else step
+    return capture(step) if case.is_captured else step
 
 
 def _training(model: nn.Module, images: Tensor, case: Case, forward: Callable[[], Tensor]) -> Step:
@@ -63,7 +63,7 @@ def _training(model: nn.Module, images: Tensor, case: Case, forward: Callable[[]
         model.parameters(),
         lr=1e-5,
         fused=device_type in ("cpu", "cuda"),
-        capturable=case.execution == "captured",
+        capturable=case.is_captured,
     )
     scaler = torch.amp.GradScaler(device_type, enabled=case.precision == "float16")
 

@@ -47,7 +47,7 @@ def test_the_headline_compares_the_tiny_models_under_each_condition():
     compared = {}
     for case in cases:
         compared.setdefault((case.kind, case.execution, case.batch_size), []).append(case.model)
-    assert len(compared) == 9
+    assert len(compared) == 10
     assert all(names == list(models.TINY) for names in compared.values())
 
 

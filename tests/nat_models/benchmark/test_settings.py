@@ -55,6 +55,7 @@ def test_model_name_is_the_default_of_models(settings_with):
         ("execution=fast", "execution=fast: .*'compiled'"),
         ("execution=cuda_graphs", "execution=cuda_graphs: device=cpu"),
         ("execution=captured", "execution=captured: device=cpu"),
+        ("execution=captured_compiled", "execution=captured_compiled: device=cpu"),
         ("precision=int8", "precision=int8: .*'bfloat16'"),
         ("attention_backend=flash", "attention_backend=flash: .*'reference'"),
         ("batch_size=[1,0]", "batch_size=0: expected at least 1"),

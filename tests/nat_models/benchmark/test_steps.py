@@ -82,7 +82,7 @@ def test_compiled_computes_the_same():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["inference", "training"])
-@pytest.mark.parametrize("execution", ["captured", "compiled", "cuda_graphs"])
+@pytest.mark.parametrize("execution", ["captured", "compiled", "cuda_graphs", "captured_compiled"])
 def test_steps_repeat_on_a_gpu(kind, execution):
     case = case_of(kind, execution, "float16")
     model = create_model(case, CUDA)
