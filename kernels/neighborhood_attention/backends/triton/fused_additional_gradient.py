@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neighborhood_attention.backends.triton.launch import Launch, Problem
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.window import (
     load_additional,
     load_tokens,
@@ -113,13 +114,13 @@ def _additional_gradient_kernel(
             row_lse = tl.load(lse + row, mask=is_query, other=0.0) * 1.4426950408889634
             row_delta = tl.load(delta + row, mask=is_query, other=0.0)
 
-            dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            dots = product(k, tl.trans(q), PRECISION)
             p = tl.exp2(dots * (scale * 1.4426950408889634) - row_lse[None, :])
             p = tl.where(is_query[None, :], p, 0.0)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dp = product(v, tl.trans(do), PRECISION)
+            dv = product(p.to(do.dtype), do, PRECISION, dv)
             ds = p * (dp - row_delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = product(ds.to(q.dtype), q, PRECISION, dk)
 
     row = (share.to(tl.int64) * batch + image) * additional_count
     keys = first_key + tl.arange(0, BLOCK_K)

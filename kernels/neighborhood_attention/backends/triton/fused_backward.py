@@ -48,6 +48,7 @@ from neighborhood_attention.backends.triton.launch import (
     scale_arguments,
     window_arguments,
 )
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import (
@@ -243,11 +244,11 @@ def _query_gradient_kernel(
                 additional_value, additional_value_strides, image, key_head, first_key,
                 additional_count, STRIP_TOKENS, VALUE_DIM, BLOCK_V,
             )  # fmt: skip
-            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dots = product(q, tl.trans(k), PRECISION)
             s = additional_scores(dots, scale, first_key, additional_count, STRIP_TOKENS)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = product(do, tl.trans(v), PRECISION)
             ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = product(ds.to(k.dtype), k, PRECISION, dq)
 
     strips = count_strips(start, end, STRIP, STRIPS)
     wait_for_table(OVERLAPS)
@@ -263,12 +264,12 @@ def _query_gradient_kernel(
         next_strip = tl.minimum(strip + 1, strips - 1)
         next_bias = tl.load(table + next_strip * (TILE_TOKENS * STRIP_TOKENS))
 
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dots = product(q, tl.trans(k), PRECISION)
         s = masked_scores(dots, scale, bias.to(tl.float32))
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dp = product(do, tl.trans(v), PRECISION)
         p = tl.exp2(s - row_lse[:, None])
         ds = masked_gradient(p, dp, row_delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = product(ds.to(k.dtype), k, PRECISION, dq)
 
     grad_query_offsets = token_offsets(query_token, grad_query_strides, WIDE)
     store_tokens(grad_query, grad_query_offsets, is_query, dq * scale, HEAD_DIM, BLOCK_D)
@@ -336,13 +337,13 @@ def _key_gradient_kernel(
             next_strip *= TILE_TOKENS * STRIP_TOKENS
             next_bias = tl.load(table + head * table_stride + next_strip)
 
-            dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            dots = product(k, tl.trans(q), PRECISION)
             s = masked_scores(dots, scale, bias.to(tl.float32))
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dp = product(v, tl.trans(do), PRECISION)
             p = tl.exp2(s - row_lse[None, :])
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dv = product(p.to(do.dtype), do, PRECISION, dv)
             ds = masked_gradient(p, dp, row_delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = product(ds.to(q.dtype), q, PRECISION, dk)
 
     key_offsets = token_offsets(key_token, grad_key_strides, WIDE)
     store_tokens(grad_key, key_offsets, is_key, dk * scale, HEAD_DIM, BLOCK_D)

@@ -20,6 +20,7 @@ from neighborhood_attention.backends.triton.launch import (
     plan_arguments,
     walking_launch,
 )
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import TilePlan, plan_tiles
@@ -184,8 +185,8 @@ def _partial_kernel(
         row_delta = tl.load(delta + token, mask=is_query, other=0.0)
 
         q = with_sign(q, SIGN)
-        s = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, bias)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        s = masked_scores(product(q, tl.trans(k), PRECISION), scale, bias)
+        dp = product(do, tl.trans(v), PRECISION)
         p = tl.exp2(s - row_lse[:, None])
         total += masked_gradient(p, dp, row_delta[:, None])
 

@@ -22,6 +22,7 @@ from neighborhood_attention.backends.triton.launch import (
     plan_arguments,
     reading_launch,
 )
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.tile import Tile
 from neighborhood_attention.backends.triton.tiles import TilePlan, plan_tiles, tile_axes
 from neighborhood_attention.backends.triton.window import (
@@ -143,13 +144,13 @@ def _direct_forward_kernel(
     attends = attends_d & attends_h & attends_w
     bias = pairs_bias(rpb, head, attends, index_d, index_h, index_w, KERNEL_SIZE)
     bias = rounded_bias(bias, query.dtype.element_ty).to(tl.float32)
-    dots = tl.dot(with_sign(q, SIGN), tl.trans(k), input_precision=PRECISION)
+    dots = product(with_sign(q, SIGN), tl.trans(k), PRECISION)
     s = masked_scores(dots, scale, bias)
     row_max = tl.maximum(tl.max(s, 1), -3.4e38)  # of a token that is none: -inf
     p = tl.exp2(s - row_max[:, None])
     row_sum = tl.sum(p, 1)
     row_sum = tl.where(is_overflow(row_max, scale), float("nan"), row_sum)
-    result = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / row_sum)[:, None]
+    result = product(p.to(v.dtype), v, PRECISION) * (1.0 / row_sum)[:, None]
     first_token = image * size[0] * size[1] * size[2] * heads + head
     index = token_index(token, size, heads, WIDE)
     store_tokens(

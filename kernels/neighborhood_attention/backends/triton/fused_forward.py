@@ -40,6 +40,7 @@ from neighborhood_attention.backends.triton.launch import (
     scale_arguments,
     window_arguments,
 )
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.ring import ALIGNMENT
 from neighborhood_attention.backends.triton.ring import takes as takes_ring
@@ -191,7 +192,7 @@ def _forward_kernel(
                 additional_value, additional_value_strides, image, key_head, first_key,
                 additional_count, STRIP_TOKENS, VALUE_DIM, BLOCK_V,
             )  # fmt: skip
-            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dots = product(q, tl.trans(k), PRECISION)
             s = additional_scores(dots, scale, first_key, additional_count, STRIP_TOKENS)
             running_max, running_sum, running_output = add_strip(
                 running_max, running_sum, running_output, s, v, PRECISION
@@ -209,7 +210,7 @@ def _forward_kernel(
         v = load_tokens(value, value_offsets, None, VALUE_DIM, BLOCK_V)
         bias = tl.load(table + strip * (TILE_TOKENS * STRIP_TOKENS))
         bias = in_rows(bias, TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dots = product(q, tl.trans(k), PRECISION)
         s = masked_scores(dots, scale, bias.to(tl.float32))
         running_max, running_sum, running_output = add_strip(
             running_max, running_sum, running_output, s, v, PRECISION

@@ -16,6 +16,7 @@ from torch import Tensor
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.fused_bias_gradient import BiasReduction
 from neighborhood_attention.backends.triton.launch import Problem, walking_launch
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
@@ -150,16 +151,16 @@ def _query_bias_gradient_kernel(
             bias = in_rows(
                 bias_0 if strip == 0 else bias_1, TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS
             )
-            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dots = product(q, tl.trans(k), PRECISION)
             s = masked_scores(dots, scale, bias.to(tl.float32))
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = product(do, tl.trans(v), PRECISION)
             p = tl.exp2(s - row_lse[:, None])
             ds = masked_gradient(p, dp, row_delta[:, None])
             if strip == 0:
                 sum_0 += ds
             else:
                 sum_1 += ds
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = product(ds.to(k.dtype), k, PRECISION, dq)
         grad_offsets = query_offsets
         if not EQUAL_STRIDES:
             grad_offsets = token_offsets(query_token, grad_query_strides, WIDE)

@@ -16,6 +16,7 @@ from torch import Tensor
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.fused_bias_gradient import BiasReduction
 from neighborhood_attention.backends.triton.launch import Problem, walking_launch
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
@@ -134,19 +135,19 @@ def _whole_group_kernel(
             row_delta -= tl.load(grad_lse + row)
         bias = in_rows(packed_bias, TOKENS, TOKENS, ROW_WARPS, COLUMN_WARPS).to(tl.float32)
 
-        dots = tl.dot(with_sign(k, SIGN), tl.trans(q), input_precision=PRECISION)
+        dots = product(with_sign(k, SIGN), tl.trans(q), PRECISION)
         s = masked_scores(dots, scale, bias)
         p = tl.exp2(s - row_lse[None, :])
-        dv = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dv = product(p.to(do.dtype), do, PRECISION)
+        dp = product(v, tl.trans(do), PRECISION)
         ds = masked_gradient(p, dp, row_delta[None, :])
         if sums is not None:
             ds_sum += ds
         ds = ds.to(q.dtype)
-        dk = tl.dot(ds, q, input_precision=PRECISION)
+        dk = product(ds, q, PRECISION)
         # A transposed result of a product: wrong on Hopper in some shapes before Triton 3.7.1, so
         # the tests check each that may be chosen.
-        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+        dq = product(tl.trans(ds), k, PRECISION)
 
         query_offsets = offsets
         if not EQUAL_STRIDES:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from neighborhood_attention.backends.triton.launch import Launch, Problem, walking_launch
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.registers import in_rows
 from neighborhood_attention.backends.triton.tiles import TilePlan
 from neighborhood_attention.backends.triton.window import (
@@ -80,14 +81,14 @@ def _whole_group_forward_kernel(
         q = load_tokens(query + image * query_strides[0], offsets, None, HEAD_DIM, BLOCK_D)
         k = load_tokens(key + image * key_strides[0], key_offsets, None, HEAD_DIM, BLOCK_D)
         v = load_tokens(value + image * value_strides[0], value_offsets, None, VALUE_DIM, BLOCK_V)
-        dots = tl.dot(with_sign(q, SIGN), tl.trans(k), input_precision=PRECISION)
+        dots = product(with_sign(q, SIGN), tl.trans(k), PRECISION)
         bias = in_rows(packed_bias, TOKENS, TOKENS, ROW_WARPS, COLUMN_WARPS)
         s = masked_scores(dots, scale, bias.to(tl.float32))
         row_max = tl.maximum(tl.max(s, 1), -3.4e38)  # of a token that is none: -inf
         p = tl.exp2(s - row_max[:, None])
         row_sum = tl.sum(p, 1)
         row_sum = tl.where(is_overflow(row_max, scale), float("nan"), row_sum)
-        result = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / row_sum)[:, None]
+        result = product(p.to(v.dtype), v, PRECISION) * (1.0 / row_sum)[:, None]
         index = token_index(token, size, heads, WIDE)
         first_token = image * size[0] * size[1] * size[2] * heads
         store_tokens(

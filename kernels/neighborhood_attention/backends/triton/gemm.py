@@ -26,6 +26,7 @@ import triton.language as tl
 
 from neighborhood_attention.backends.triton import unfused
 from neighborhood_attention.backends.triton.launch import Launch, Problem, plan_arguments
+from neighborhood_attention.backends.triton.products import product
 from neighborhood_attention.backends.triton.slots import (
     in_columns,
     in_group,
@@ -112,7 +113,7 @@ def _products_kernel(
         key_token, is_key = block_tokens(first, length, group, DILATION, STRIP)
         offsets = token_offsets(key_token, column_strides, WIDE)
         k = load_tokens(columns, offsets, is_key, HEAD_DIM, BLOCK_D)
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dots = product(q, tl.trans(k), PRECISION)
         key = in_columns(in_group(key_token, DILATION))
         slot, attends = pair_slots(query, key, length, KERNEL_SIZE, STRIDE, IS_CAUSAL)
         attends &= is_query[:, None]
@@ -151,7 +152,7 @@ def _sums_kernel(
         p = tl.load(weights + row_index + slot, mask=attends & is_query[:, None], other=0.0)
         offsets = token_offsets(key_token, column_strides, WIDE)
         v = load_tokens(columns, offsets, is_key, HEAD_DIM, BLOCK_D)
-        total = tl.dot(p, v, total, input_precision=PRECISION)
+        total = product(p, v, PRECISION, total)
 
     offsets = token_offsets(query_token, sum_strides, WIDE)
     store_tokens(sums, offsets, is_query, total * scale, HEAD_DIM, BLOCK_D)
@@ -189,7 +190,7 @@ def _key_sums_kernel(
         p = tl.load(weights + index, mask=attends, other=0.0)
         offsets = token_offsets(query_token, row_strides, WIDE)
         q = load_tokens(rows, offsets, is_query, HEAD_DIM, BLOCK_D)
-        total = tl.dot(p, q, total, input_precision=PRECISION)
+        total = product(p, q, PRECISION, total)
 
     offsets = token_offsets(key_token, sum_strides, WIDE)
     store_tokens(sums, offsets, is_key, total * scale, HEAD_DIM, BLOCK_D)

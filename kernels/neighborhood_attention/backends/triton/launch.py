@@ -143,7 +143,7 @@ class Problem(NamedTuple):
 
     @property
     def precision(self) -> str:
-        """Triton's word for products of fp32: TF32, or with about the error of fp32's own rounding.
+        """How `product` multiplies fp32: in TF32, or with about the error of fp32's own rounding.
 
         The latter by three products in TF32, of the two parts of each factor: by IEEE they would
         be multiplied out, without tensor cores, and take twice as long. Of heads of more than 128

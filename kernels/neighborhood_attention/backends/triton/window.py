@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from neighborhood_attention import geometry
+from neighborhood_attention.backends.triton.products import product
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -410,7 +411,7 @@ def add_strip(running_max, running_sum, running_output, s, v, PRECISION: tl.cons
     decay = tl.exp2(running_max - new_max)
     new_sum = running_sum * decay + tl.sum(p, 1)
     output = running_output * decay[:, None]
-    return new_max, new_sum, tl.dot(p.to(v.dtype), v, output, input_precision=PRECISION)
+    return new_max, new_sum, product(p.to(v.dtype), v, PRECISION, output)
 
 
 @triton.jit
