@@ -30,9 +30,9 @@ def using(*operations: Operation) -> Iterator[None]:
     """Run these operations fused wherever there are kernels for it, and no others.
 
     Without it they run fused on a GPU of the measured kind, where the tensors are large enough;
-    norms in compiled code only before layers where gradients are enabled, and of few tokens, since
-    PyTorch's compiler makes about the same of others. Code compiled under one choice is compiled
-    again under another.
+    norms in compiled code only before layers where gradients are enabled, and of few tokens in 16
+    bits where they are not, since PyTorch's compiler makes about the same of others. Code compiled
+    under one choice is compiled again under another.
 
     Args:
         operations: "add_layer_norm" (also alone, without an addition), "mlp" and "small_linear".
@@ -55,6 +55,7 @@ def norm_is_used(x: Tensor, with_layers: bool = False) -> bool:
     """
     return (
         _is_plain(x)
+        and not _is_observed()
         and x.shape[-1] <= _MAX_CHANNELS
         and x.dtype in _DTYPES
         and (
@@ -63,7 +64,6 @@ def norm_is_used(x: Tensor, with_layers: bool = False) -> bool:
             else _is_measured(x) and _norm_pays(x, with_layers)
         )
         and _has_kernels(x.device, 8)
-        and not _is_observed()
     )
 
 
@@ -79,13 +79,13 @@ def mlp_is_used(x: Tensor, weight1: Tensor, weight2: Tensor) -> bool:
     """Whether `mlp` takes a tensor [..., K] and weights [N, K] and [M, N]."""
     return (
         _is_plain(x)
+        and not _is_observed()
         and (
             "mlp" in _chosen
             if _chosen is not None
             else _is_measured(x) and x.numel() * weight1.shape[0] >= MIN_HIDDEN * x.shape[-1]
         )
         and _has_kernels(x.device, 9)
-        and not _is_observed()
         and _fits(x, weight1, weight2)
     )
 
@@ -98,6 +98,7 @@ def small_linear_is_used(x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and _is_plain(x)
+        and not _is_observed()
         and x.dtype in _HALF
         and x.shape[-1] % 16 == 0
         and x.shape[-1] <= _MAX_SMALL_CHANNELS
@@ -107,7 +108,6 @@ def small_linear_is_used(x: Tensor) -> bool:
             else _is_measured(x) and x.numel() <= MAX_SMALL
         )
         and _has_kernels(x.device, 9)
-        and not _is_observed()
         and autocast_dtype(x) in (None, x.dtype)
     )
 

@@ -12,6 +12,7 @@ from neighborhood_attention.backends.triton.tiles import (
     NARROW,
     WHOLE_GROUP,
     WINDOWED,
+    count_scores,
     default_tiles,
     plan_tiles,
     tiles_by_rule,
@@ -29,7 +30,16 @@ _TILES = {
 }
 _STRIPS = {
     1: [(1, 1, 16), (1, 1, 32), (1, 1, 64), (1, 1, 128)],
-    2: [(1, 1, 16), (1, 2, 16), (1, 4, 16), (1, 8, 16), (1, 4, 8), (1, 8, 8)],
+    2: [
+        (1, 1, 16),
+        (1, 2, 16),
+        (1, 4, 16),
+        (1, 8, 16),
+        (1, 4, 8),
+        (1, 8, 4),
+        (1, 8, 8),
+        (1, 16, 2),
+    ],
     3: [(1, 2, 8), (1, 4, 8), (2, 4, 8), (1, 2, 16), (1, 4, 4), (2, 4, 4)],
 }
 # With the keys in a ring: tile, strip and warps, and the tiles that a program walks down.
@@ -94,9 +104,8 @@ def scores_of_a_token(
     kernel: str, tile: Tile, window: Neighborhood, spatial: tuple[int, ...]
 ) -> float:
     """Scores computed for each token of the map; the window has fewer."""
-    plan = plan_tiles(tile, window, tuple(spatial), kernel in _OF_KEYS)
-    scores = prod(tile.tile) * prod(tile.strip) * prod(plan.strips)
-    return plan.programs * scores / prod(spatial)
+    scores = count_scores(tile.tile, tile.strip, window, tuple(spatial), kernel in _OF_KEYS)
+    return prod(window.dilation) * scores / prod(spatial)
 
 
 def _listed(

@@ -49,7 +49,7 @@ def choose_tile(rows: int, channels: int, width: int, has_norm: bool) -> Tile:
     By a search within NAT-Tiny for one image on an H200 (benchmarks/NOTES.md).
     """
     whole = max(16, triton.next_power_of_2(channels))
-    step = whole if has_norm or whole <= 256 else whole // 4
+    step = whole if has_norm or whole <= 256 else min(512, whole // 4)
     fitting = [n for n in COLUMNS if n * step <= MAX_WEIGHTS]
     enough = (n for n in fitting if _programs(rows, width, 16, n) >= MIN_PROGRAMS)
     m, n = 16, next(enough, COLUMNS[-1])

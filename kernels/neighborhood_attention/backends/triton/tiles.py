@@ -164,8 +164,11 @@ def tiles_by_rule(problem: "Problem", window: Neighborhood) -> Tiles:
     return (LIGHT if weight <= 64 else HEAVY if weight <= 128 else HEAVIEST)[window.dims]
 
 
+@lru_cache(maxsize=1024)
 def fitted(tiles: Tiles, window: Neighborhood, spatial: tuple[int, ...]) -> Tiles:
     """With tiles and strips of as many tokens but another shape, where those compute less."""
+    if window.dims == 1:
+        return tiles
     changed = {}
     for kernel in ("forward", "query_gradient", "key_gradient", "bias_gradient"):
         tile = getattr(tiles, kernel)
@@ -253,13 +256,9 @@ def tile_axis(
         _relative_ranges(size, kernel_size, stride, is_causal, tile, of_keys) for size in lengths
     ]
     interior = ranges[0][len(ranges[0]) // 2]
-    front = max(
-        next((t for t, r in enumerate(tiles) if r == interior), len(tiles)) for tiles in ranges
-    )
-    back = max(
-        next((t for t, r in enumerate(tiles[::-1]) if r == interior), len(tiles))
-        for tiles in ranges
-    )
+    # Not the first tile like the interior: single keys at a border may be like it, and others not.
+    front = max(_length_to_last_other(tiles[: len(tiles) // 2], interior) for tiles in ranges)
+    back = max(_length_to_last_other(tiles[: len(tiles) // 2 : -1], interior) for tiles in ranges)
     between = [r for tiles in ranges for r in tiles[front : len(tiles) - back]]
     if front + back >= len(ranges[-1]) or any(r != interior for r in between):
         front, back = len(ranges[0]) - 1, 0  # a type for each tile
@@ -267,6 +266,11 @@ def tile_axis(
         max(end for _, end in r) - min(start for start, _ in r) for tiles in ranges for r in tiles
     )
     return TileAxis(len(ranges[0]), front, back, len(lengths), extent)
+
+
+def _length_to_last_other(values: Sequence[Any], value: Any) -> int:
+    """Of the shortest start of a sequence behind which all values are this one."""
+    return max((i + 1 for i, other in enumerate(values) if other != value), default=0)
 
 
 def tile_axes(

@@ -63,7 +63,7 @@ def axes(draw):
 
 
 @settings(max_examples=400)
-@given(axes(), st.sampled_from([2, 4, 8]), st.booleans())
+@given(axes(), st.sampled_from([1, 2, 4, 8]), st.booleans())
 def test_tiles_of_one_type_meet_the_same_tokens(problem, tile, of_keys):
     dilation = problem[3]
     axis = tile_axis(*problem, tile, of_keys)
@@ -91,6 +91,9 @@ def test_the_number_of_types_does_not_grow_with_the_map(length, dilation):
     for of_keys in (False, True):
         axis = tile_axis(length, 7, 1, dilation, False, 8, of_keys)
         assert axis.types <= 4 * axis.classes
+        for tile in (1, 2, 4):  # of single keys the border's second is like the interior's
+            axis = tile_axis(length, 7, 1, dilation, False, tile, of_keys)
+            assert axis.types <= 15 * axis.classes
 
 
 def test_problems_of_fewer_axes_are_flat_in_the_first():
@@ -234,6 +237,9 @@ def test_flat_axes_stay_flat_and_a_tile_that_fits_keeps_its_shape():
     chosen = fitted(WINDOWED, Neighborhood((13, 3), (1, 1), (1, 1), (False, False)), (56, 56))
     assert chosen.forward != WINDOWED.forward
     assert chosen.forward.tile[0] == chosen.forward.strip[0] == 1
+    narrow = Neighborhood((8, 2, 2), (1, 1, 1), (1, 1, 1), (False,) * 3)
+    tile = fitted(LIGHT[3], narrow, (16, 24, 24)).key_gradient
+    assert tile.tile[0] * tile.strip[0] > 8  # along the window
 
 
 @pytest.fixture
