@@ -52,7 +52,7 @@ from neighborhood_attention.backends.triton.window import (
 )
 from neighborhood_attention.geometry import Neighborhood
 
-# By the number of axes; the fastest of eleven measured on an H200 (benchmarks/NOTES.md).
+# By the number of axes; the fastest, over all, of those measured on an H200 (benchmarks/NOTES.md).
 TILES = {
     1: Tile((1, 1, 32), (1, 1, 32), num_warps=2),
     2: Tile((1, 4, 8), (1, 4, 8), num_warps=2),

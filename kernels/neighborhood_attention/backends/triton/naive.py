@@ -1,8 +1,8 @@
 """The naive backend: each step a launch of its own, without tensor cores; the plainest baseline.
 
 See `unfused` for the steps. A program owns some neighboring tokens of the map and walks along the
-lines of their windows, one neighbor of each token at a time. A thread reads vectors of 16 bytes,
-always of the same channels: it adds up neighbors in registers, and a warp channels by shuffles. To
+lines of their windows, one neighbor of each token at a time. A thread reads vectors (of 16 bytes,
+if 16 divides the channels) of the same channels: it adds up neighbors, and a warp channels. To
 give keys and values their gradients, a program owns keys and gathers from the queries that attend
 to them (the inverse window), so no atomic operation is needed.
 

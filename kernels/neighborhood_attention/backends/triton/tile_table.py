@@ -32,7 +32,7 @@ class Key(NamedTuple):
 
     Both 16-bit types are "half": their kernels differ in conversions alone. Head dimensions count
     as the power of 2 that they are padded to, a map as the longest of its dilation groups. Heads,
-    batch, strides and causality make no difference.
+    batch, strides and causality make none here, though they do to the tiles that an entry leaves.
     """
 
     capability: str | None  # "9.0"; None without a GPU

@@ -29,7 +29,7 @@ _log = logging.getLogger("neighborhood_attention")
 MAX_SHARE = 0.95
 
 # The fastest of those measured on an H100 (the rings: an H200) with head dimension 32 and 16 bits:
-# see benchmarks/NOTES.md.
+# see benchmarks/NOTES.md. Their shapes, of as many tokens, are fitted to a map and a window.
 # Small tiles with few warps waste few scores.
 WINDOWED = Tiles(
     forward=Tile((1, 4, 8), (1, 2, 16), num_warps=1, max_registers=128),

@@ -274,6 +274,8 @@ def token_offsets(token, strides, WIDE: tl.constexpr):
 @triton.jit
 def token_index(token, size, heads, WIDE: tl.constexpr):
     """Offsets of tokens within an image of a contiguous [B, *spatial, heads]."""
+    if WIDE:  # a plane of a map may exceed 2^31 elements, too
+        heads = tl.full((), heads, tl.int64)
     return token_offsets(token, (0, size[1] * size[2] * heads, size[2] * heads, heads), WIDE)
 
 

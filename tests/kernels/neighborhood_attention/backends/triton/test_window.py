@@ -215,11 +215,13 @@ def test_tokens_of_a_block_have_their_place_on_the_map(device):
 
 def test_wide_offsets_exceed_32_bits(device):
     found = torch.zeros(2, 16, dtype=torch.int64, device=device)
-    strides = 0, 2**31, 2**32, 2**33, 1
+    size, strides = (2, 2**16, 2**13), (0, 2**31, 2**32, 2**33, 1)
     _tokens[(1,)](
-        found, (1, 0, 0), (2, 4, 4), (0, 0, 0), (2, 4, 4), strides, (1, 1, 1), (1, 4, 4), WIDE=True
+        found, (1, 0, 0), (2, 4, 4), (0, 0, 0), size, strides, (1, 1, 1), (1, 4, 4), WIDE=True
     )
-    assert found[0].tolist() == [2**31 + h * 2**32 + w * 2**33 for h in range(4) for w in range(4)]
+    places = [*itertools.product(range(4), range(4))]
+    assert found[0].tolist() == [2**31 + h * 2**32 + w * 2**33 for h, w in places]
+    assert found[1].tolist() == [((2**16 + h) * 2**13 + w) * 5 for h, w in places]
 
 
 @triton.jit
