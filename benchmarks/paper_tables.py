@@ -28,7 +28,8 @@ def tables(result: Record) -> str:
     versions, records = result["versions"], result["results"]
     return "\n\n".join([
         f"{result['device']}, torch {versions['torch']}, Triton {versions['triton']}; "
-        f"{len(records)} problems and precisions; {commits.summary(records)}.",
+        f"{len(records)} problems and precisions; {commits.summary(records)}. "
+        f"{result.get('note', '')}".rstrip(),
         "Improvement of one kernel over another, average (least, most):",
         breakdown(result),
         "Average improvements beside those of the paper's table 3, which are of an A100 and of "

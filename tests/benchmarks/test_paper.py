@@ -110,6 +110,9 @@ def test_tables_and_pictures_come_from_the_file_alone(measure, tmp_path):
     assert "6 problems and precisions; commit a." in text
     assert "Of the other problems fused is slower in 0 cases" in text
     assert "| fused | float32 | _forward | 128 | 2.0 | 0% | 25% | 25% |" in text
+    assert "commit a. A third is of old kernels.\n" in paper.tables(
+        result | {"note": "A third is of old kernels."}
+    )
     files = paper.plots(result, tmp_path)
     assert all(" " in caption for caption in files)
     assert all(file.stat().st_size > 10_000 for file in files.values())
