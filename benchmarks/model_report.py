@@ -362,5 +362,5 @@ def _source(result: Record) -> str:
     return (
         f"{result['device']}, torch {versions['torch']}, Triton {versions['triton']}, "
         f"timm {versions['timm']}, {result['date'][:10]}; channels_last, random images and "
-        f"weights. {result.get('method', '')} {result.get('note', '')}"
-    ).rstrip()
+        + " ".join(filter(None, ["weights.", result.get("method"), result.get("note")]))
+    )

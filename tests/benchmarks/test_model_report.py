@@ -42,7 +42,7 @@ def test_every_case_has_a_line():
 
 def test_tables_tell_what_a_reader_of_the_file_must_know():
     measured = result(record("nat_tiny", 100, "naive")) | {"note": "Naive is of old kernels."}
-    assert "random images and weights.  Naive is of old kernels.\n" in model_report.tables(measured)
+    assert "random images and weights. Naive is of old kernels.\n" in model_report.tables(measured)
 
 
 def test_improvements_are_of_one_condition():

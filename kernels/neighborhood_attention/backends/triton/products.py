@@ -15,9 +15,11 @@ def product(a, b, PRECISION: tl.constexpr, total=None):
     if PRECISION == "tf32x3":
         high_a, low_a = _parts(a)
         high_b, low_b = _parts(b)
-        total = tl.dot(low_a, high_b, total, input_precision="tf32")
-        total = tl.dot(high_a, low_b, total, input_precision="tf32")
-        return tl.dot(high_a, high_b, total, input_precision="tf32")
+        dots = tl.dot(low_a, high_b, input_precision="tf32")
+        dots = tl.dot(high_a, low_b, dots, input_precision="tf32")
+        dots = tl.dot(high_a, high_b, dots, input_precision="tf32")
+        # Not as the accumulator: tensor cores cut sums off, and the error would grow with the keys.
+        return dots if total is None else total + dots
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 

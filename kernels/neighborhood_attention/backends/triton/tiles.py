@@ -184,10 +184,17 @@ def _fitted(tile: Tile, window: Neighborhood, spatial: tuple[int, ...], of_keys:
     def scores(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
         return count_scores(*shape, window, spatial, of_keys)
 
-    best = min(shapes, key=scores)
+    # A table grows with the map where a tile is no multiple of the stride.
+    aligned = (s for s in shapes if _uneven_axes(s[0], window) <= _uneven_axes(tile.tile, window))
+    best = min(aligned, key=scores)
     if scores(best) > MAX_SHARE * scores((tile.tile, tile.strip)):
         return tile
     return replace(tile, tile=best[0], strip=best[1])
+
+
+def _uneven_axes(tile: Sequence[int], window: Neighborhood) -> set[int]:
+    """Axes on which neighboring tiles differ, since they are no multiple of the stride."""
+    return {axis for axis, n in enumerate(three_axes(window.stride)) if tile[axis] % n}
 
 
 @cache

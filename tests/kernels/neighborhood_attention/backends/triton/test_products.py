@@ -52,6 +52,26 @@ def test_products_have_the_precision_of_fp32(dtype, precision, tolerance, has_to
     assert ((result - exact).abs() / scale).max() < tolerance
 
 
+@triton.jit
+def _sums_kernel(a, b, result, STRIPS: tl.constexpr):
+    i = tl.arange(0, 32)
+    at = i[:, None] * 32 + i[None, :]
+    total = tl.zeros((32, 32), tl.float32)
+    for strip in range(STRIPS):
+        offset = strip * 1024 + at
+        total = product(tl.load(a + offset), tl.load(b + offset), "tf32x3", total)
+    tl.store(result + at, total)
+
+
+def test_long_sums_are_rounded_not_cut_off():
+    """Tensor cores cut off: where they held the sum, the error would grow with its terms."""
+    a, b = torch.rand(64, 32, 32, device=DEVICE), torch.rand(64, 32, 32, device=DEVICE)
+    result = torch.empty(32, 32, device=DEVICE)
+    _sums_kernel[(1,)](a, b, result, 64)
+    exact = (a.double() @ b.double()).sum(0)
+    assert ((result - exact).abs() / exact).max() < 1e-6
+
+
 def test_parts_are_of_tf32_and_add_up():
     values = [1.0, -1.0, 2.0**-126, 3e38, -3e38, 0.0, 1 + 2.0**-23, 1 + 2.0**-11, torch.pi]
     x = torch.tensor([*values, *draw(torch.float32).flatten().tolist()][:1024], device=DEVICE)

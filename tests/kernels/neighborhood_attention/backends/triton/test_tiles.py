@@ -230,6 +230,14 @@ def test_tiles_take_the_shape_that_computes_least():
         assert scores == fewest
 
 
+def test_fitted_tiles_hold_whole_strides():
+    window = Neighborhood((13, 3), (1, 2), (1, 1), (False, False))
+    tile = fitted(WINDOWED, window, (64, 4096)).key_gradient
+    assert tile.tile[2] % 2 == 0
+    uneven = Neighborhood((13, 13), (3, 4), (1, 1), (False, False))
+    assert fitted(WINDOWED, uneven, (64, 4096)).key_gradient.tile[2] % 4 == 0
+
+
 def test_flat_axes_stay_flat_and_a_tile_that_fits_keeps_its_shape():
     line = Neighborhood((11,), (1,), (1,), (False,))
     assert fitted(LIGHT[1], line, (24,)) is LIGHT[1]
