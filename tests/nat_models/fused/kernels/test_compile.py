@@ -96,5 +96,6 @@ def test_small_linear(shape, has_norm):
     # What the kernel before has written is read after its end alone.
     before, _, after = ptx.partition("griddepcontrol.wait")
     assert "st.global" not in before
+    assert "ld.global" in after or "cp.async" in after
     assert "griddepcontrol.launch_dependents" not in before  # waiting programs take room
     assert "griddepcontrol.launch_dependents" in after

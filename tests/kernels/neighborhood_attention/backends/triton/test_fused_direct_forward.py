@@ -116,6 +116,15 @@ def test_the_bias_is_rounded_as_backwards_round_it_and_may_be_strided(used, devi
 
 @interpreted
 def test_biases_of_minus_infinity_leave_nothing(used, device):
+    query, key, value = torch.randn(3, 1, 4, 4, 1, 16, device=device).half().unbind()
+    rpb = torch.full((1, 7, 7), -torch.inf, device=device)
+    _, lse = na2d(query, key, value, kernel_size=4, rpb=rpb, return_lse=True, backend="fused")
+    assert len(used) == 1
+    assert not lse.isnan().any()
+
+
+@interpreted
+def test_a_value_that_is_not_finite_is_not_hidden(used, device):
     check_that_nan_shows(na2d, 16, torch.float16, device, backend="fused")
     assert len(used) == 1
 

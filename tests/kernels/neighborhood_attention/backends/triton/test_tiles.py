@@ -277,6 +277,7 @@ def test_the_table_stands_above_the_rule(capability, monkeypatch):
     assert choose_tiles(problem, SEVEN) == dataclasses.replace(WINDOWED, **entry)
     assert choose_tiles(problem_of(21), SEVEN) is WINDOWED
     single = problem_of(20, torch.float32)
+    assert tiles_by_rule(single, SEVEN) is HEAVY[2]  # of three products
     assert choose_tiles(single, SEVEN) == default_tiles(single, SEVEN)
 
 
