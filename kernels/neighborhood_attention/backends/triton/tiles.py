@@ -179,14 +179,16 @@ def fitted(tiles: Tiles, window: Neighborhood, spatial: tuple[int, ...]) -> Tile
 
 
 def _fitted(tile: Tile, window: Neighborhood, spatial: tuple[int, ...], of_keys: bool) -> Tile:
-    shapes = product(_shapes(prod(tile.tile), window.dims), _shapes(prod(tile.strip), window.dims))
+    # A table grows with the map where a tile is no multiple of the stride.
+    uneven = _uneven_axes(tile.tile, window)
+    tiles = _shapes(prod(tile.tile), window.dims)
+    even_tiles = [shape for shape in tiles if _uneven_axes(shape, window) <= uneven]
+    shapes = product(even_tiles, _shapes(prod(tile.strip), window.dims))
 
     def scores(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
         return count_scores(*shape, window, spatial, of_keys)
 
-    # A table grows with the map where a tile is no multiple of the stride.
-    aligned = (s for s in shapes if _uneven_axes(s[0], window) <= _uneven_axes(tile.tile, window))
-    best = min(aligned, key=scores)
+    best = min(shapes, key=scores)
     if scores(best) > MAX_SHARE * scores((tile.tile, tile.strip)):
         return tile
     return replace(tile, tile=best[0], strip=best[1])
