@@ -4,6 +4,7 @@ A provider prepares a problem: it gets the packed projection, arranges tensors a
 offers the calls to measure. Arranging is not measured: of a peer only what it cannot do without.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -242,7 +243,8 @@ class DenseAttention:
 
             def attention(q, k, v, rpb=None, made=None, kernel=kernel):
                 bias = made if rpb is None else mask(rpb)
-                with sdpa_kernel(getattr(SDPBackend, kernel)):
+                with sdpa_kernel(getattr(SDPBackend, kernel)), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # an error tells as well that it cannot
                     return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
             yield Autograd(

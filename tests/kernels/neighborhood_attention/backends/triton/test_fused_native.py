@@ -258,8 +258,8 @@ def test_images_beyond_2_31_elements_are_served(much_memory):
         output = na2d(*parts, 3, backend="fused")
         grads = torch.autograd.grad(output, parts, grad)
         results.append([output[:, -3:, -3:], *(x[:, -5:, -5:] for x in grads)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b in zip(*results, strict=True):  # a large map has other tiles, so other roundings
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
