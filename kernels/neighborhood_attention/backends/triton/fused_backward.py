@@ -75,7 +75,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
-    wait_for_table,
+    wait_for_others,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -102,15 +102,17 @@ def backward(
         launches.whole_group.fill(*gradients[:4], rpb, *tensors, *saved)
         return
     delta = torch.empty_like(lse)
-    if launches.query_bias_gradient is not None:
-        launches.query_bias_gradient.fill(
-            gradients.query, gradients.rpb, delta, rpb, *tensors, *saved
-        )
+    key_table, key_launch = launches.key_gradient
+    key_bias = key_table.build(rpb)  # first, so that nothing lies between what follows
+    summed, sums = launches.query_bias_gradient, None
+    if summed is not None:
+        sums = summed.begin(gradients.query, gradients.rpb, delta, rpb, *tensors, *saved)
     else:
         table, launch = launches.query_gradient
         launch(*tensors, *additional, *saved, delta, table.build(rpb), gradients.query)
-    table, launch = launches.key_gradient
-    launch(*tensors, lse, delta, table.build(rpb), gradients.key, gradients.value)
+    key_launch(*tensors, lse, delta, key_bias, gradients.key, gradients.value)
+    if summed is not None:
+        summed.end(gradients.rpb, sums)
     if launches.bias_gradient is not None:
         launches.bias_gradient.fill(gradients.rpb, rpb, *tensors, lse, delta)
     if gradients.additional_keys is not None and additional[0] is not None:
@@ -160,6 +162,8 @@ def _prepare(
         table = BiasTable(problem, window, tile_plan)
         programs = batch * tile_plan.programs * (key_heads if of_keys else heads)
         arguments = {**settings, **plan_arguments(tile_plan), "table_stride": table.head_stride}
+        if of_keys:  # what is launched right before it, the sums' reduction, it does not need
+            arguments["WAITS_LAST"] = query_bias_gradient is not None
         return table, reading_launch(kernel, programs, problem, tile, arguments)
 
     whole = tiles.whole_group and plan(tiles.whole_group, of_keys=True)
@@ -251,7 +255,7 @@ def _query_gradient_kernel(
             dq = product(ds.to(k.dtype), k, PRECISION, dq)
 
     strips = count_strips(start, end, STRIP, STRIPS)
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS)
     next_bias = tl.load(table)  # one strip ahead
     for strip in range(strips):
         first = strip_start(strip, start, STRIP, STRIPS)
@@ -286,7 +290,8 @@ def _key_gradient_kernel(
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
     ROW_WARPS: tl.constexpr, COLUMN_WARPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    OVERLAPS: tl.constexpr, WAITS_LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. Grid: (images * dilation groups * tiles * key heads,)."""
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
@@ -316,7 +321,7 @@ def _key_gradient_kernel(
     dk = tl.zeros((TILE_TOKENS, BLOCK_D), tl.float32)
     dv = tl.zeros((TILE_TOKENS, BLOCK_V), tl.float32)
 
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS and not WAITS_LAST)
     for head in range(key_head * heads_per_key, (key_head + 1) * heads_per_key):
         strips = count_strips(start, end, STRIP, STRIPS)
         next_bias = tl.load(table + head * table_stride)  # one strip ahead
@@ -345,6 +350,7 @@ def _key_gradient_kernel(
             ds = masked_gradient(p, dp, row_delta[None, :])
             dk = product(ds.to(q.dtype), q, PRECISION, dk)
 
+    wait_for_others(OVERLAPS and WAITS_LAST)  # this kernel's end shall be that of both
     key_offsets = token_offsets(key_token, grad_key_strides, WIDE)
     store_tokens(grad_key, key_offsets, is_key, dk * scale, HEAD_DIM, BLOCK_D)
     value_offsets = token_offsets(key_token, grad_value_strides, WIDE)

@@ -12,11 +12,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from neighborhood_attention.backends.triton.bias_table import BiasTable
 from neighborhood_attention.backends.triton.launch import (
     Launch,
     Problem,
+    can_overlap,
     plan_arguments,
     walking_launch,
 )
@@ -44,7 +46,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
-    wait_for_table,
+    wait_for_others,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -96,6 +98,7 @@ class BiasReduction:
         blocks = ceil(columns / block_columns)
         block_items = max(1, REDUCED // (prod(plan.tile.tile) * block_columns))
         programs = heads * prod(rows) * blocks
+        overlaps = can_overlap(problem.device)
         items = plan.positions * shares
         self._splits = max(1, min(TARGET_REDUCTIONS // programs, ceil(items / block_items)))
         self._launch = Launch(
@@ -104,18 +107,28 @@ class BiasReduction:
             {
                 **settings, **plan_arguments(plan), "positions": plan.positions, "items": items,
                 "splits": self._splits, "blocks": blocks, "ITEMS": block_items,
-                "COLUMNS": block_columns, "OF_KEYS": plan.of_keys,
+                "COLUMNS": block_columns, "OF_KEYS": plan.of_keys, "OVERLAPS": overlaps,
             },
             num_warps=8,
+            launch_pdl=overlaps,
         )  # fmt: skip
 
     def fill(self, gradient: Tensor, partial: Tensor) -> None:
         """Fill `gradient` from the partial sums."""
-        if self._splits == 1:
-            self._launch(partial, gradient)
-            return
-        sums = partial.new_empty(self._splits, *gradient.shape)
+        self.end(gradient, self.begin(gradient, partial))
+
+    def begin(self, gradient: Tensor, partial: Tensor) -> Tensor:
+        """Launch the kernel; it fills `gradient`, or several of its size that are returned."""
+        sums = gradient
+        if self._splits > 1:
+            sums = partial.new_empty(self._splits, *gradient.shape)
         self._launch(partial, sums)
+        return sums
+
+    def end(self, gradient: Tensor, sums: Tensor) -> None:
+        """Add up what `begin` returned."""
+        if sums is gradient:
+            return
         if gradient.dtype == sums.dtype:
             torch.sum(sums, 0, out=gradient)
         else:
@@ -152,7 +165,7 @@ def _partial_kernel(
     first = strip_start(strip, start, STRIP, STRIPS)
     entry = table_entry(tile, group, size, length, front, back, DILATION, TILE) * ALL_STRIPS
     table = flat_block(table + head * table_stride, entry + strip, TILE_TOKENS * STRIP_TOKENS)
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS)
     bias = in_rows(tl.load(table), TILE_TOKENS, STRIP_TOKENS, ROW_WARPS, COLUMN_WARPS)
     bias = bias.to(tl.float32)
     total = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)
@@ -199,12 +212,15 @@ def _reduce_kernel(
     KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, IS_CAUSAL: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
-    ITEMS: tl.constexpr, COLUMNS: tl.constexpr, OF_KEYS: tl.constexpr,
+    ITEMS: tl.constexpr, COLUMNS: tl.constexpr, OF_KEYS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Some offsets on the last axis, one on each other. Grid: (blocks * offsets * heads * splits,).
 
     Writes [splits, heads, offsets of all axes].
     """
+    wait_for_others(OVERLAPS)
+    if OVERLAPS:
+        gdc_launch_dependents()  # all before this kernel has ended; it takes little room
     TILE_TOKENS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     STRIP_TOKENS: tl.constexpr = STRIP[0] * STRIP[1] * STRIP[2]
     spans_d: tl.constexpr = 2 * KERNEL_SIZE[0] - 1

@@ -65,7 +65,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
-    wait_for_table,
+    wait_for_others,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -198,7 +198,7 @@ def _forward_kernel(
                 running_max, running_sum, running_output, s, v, PRECISION
             )
 
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS)
     for strip in range(count_strips(start, end, STRIP, STRIPS)):
         first = strip_start(strip, start, STRIP, STRIPS)
         key_token = strip_tokens(first, end, group, DILATION, STRIP)

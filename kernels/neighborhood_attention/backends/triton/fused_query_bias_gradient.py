@@ -39,7 +39,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
-    wait_for_table,
+    wait_for_others,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -62,14 +62,21 @@ class QueryBiasGradient:
         self._launch = walking_launch(_query_bias_gradient_kernel, problem, plan, arguments)
         self._reduction = BiasReduction(problem, plan, shares, settings)
 
-    def fill(
+    def begin(
         self, grad_query: Tensor, grad_rpb: Tensor, delta: Tensor, rpb: Tensor,
         *tensors: Tensor | None,
-    ) -> None:  # fmt: skip
-        """`tensors` are query, key, value, the output's gradient, output, lse, lse's gradient."""
+    ) -> Tensor:  # fmt: skip
+        """Launch the kernels; the bias's gradient, or what is still to be added up to it.
+
+        `tensors` are query, key, value, the output's gradient, output, lse, lse's gradient.
+        """
         sums = torch.empty(self._sums, dtype=torch.float32, device=rpb.device)
         self._launch(*tensors, delta, self._table.build(rpb), grad_query, sums)
-        self._reduction.fill(grad_rpb, sums)
+        return self._reduction.begin(grad_rpb, sums)
+
+    def end(self, grad_rpb: Tensor, sums: Tensor) -> None:
+        """Add up what `begin` returned."""
+        self._reduction.end(grad_rpb, sums)
 
 
 @triton.jit
@@ -107,7 +114,7 @@ def _query_bias_gradient_kernel(
     grad_output += head * grad_output_strides[4]
     grad_query += head * grad_query_strides[4]
     output += head * VALUE_DIM
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS)
     bias_0 = tl.load(table)
     bias_1 = tl.load(table + (ALL_STRIPS - 1) * (TILE_TOKENS * STRIP_TOKENS))
     sum_0 = tl.zeros((TILE_TOKENS, STRIP_TOKENS), tl.float32)

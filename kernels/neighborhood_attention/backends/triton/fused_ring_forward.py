@@ -41,7 +41,7 @@ from neighborhood_attention.backends.triton.window import (
     ring_strip,
     table_entry,
     tile_range,
-    wait_for_table,
+    wait_for_others,
     with_sign,
 )
 
@@ -134,7 +134,7 @@ def _ring_forward_kernel(
     )
     ampere.async_copy.commit_group()
 
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS)
     zeros = gl.zeros([QUERIES, KEYS], gl.float32, product)
     for tile in range(first, last):
         next_strip = strip

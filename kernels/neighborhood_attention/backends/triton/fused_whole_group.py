@@ -36,7 +36,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
-    wait_for_table,
+    wait_for_others,
     with_sign,
 )
 from neighborhood_attention.geometry import Neighborhood
@@ -95,7 +95,7 @@ def _whole_group_kernel(
     length = group_lengths(first_group, size, DILATION)
     entry = table_entry(tile, first_group, size, length, front, back, DILATION, TILE)
     table = flat_block(table + head * table_stride, entry, TOKENS * TOKENS)
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS)
     packed_bias = tl.load(table)
     query += head * query_strides[4]
     key += head * key_strides[4]

@@ -29,7 +29,7 @@ from neighborhood_attention.backends.triton.window import (
     tile_tokens,
     token_index,
     token_offsets,
-    wait_for_table,
+    wait_for_others,
     with_sign,
 )
 
@@ -61,7 +61,7 @@ def _whole_group_forward_kernel(
     groups = groups_alike(first_group, size, DILATION)
     length = group_lengths(first_group, size, DILATION)
     entry = table_entry(tile, first_group, size, length, front, back, DILATION, TILE)
-    wait_for_table(OVERLAPS)
+    wait_for_others(OVERLAPS)
     packed_bias = tl.load(flat_block(table + head * table_stride, entry, TOKENS * TOKENS))
     query += head * query_strides[4]
     key += head // heads_per_key * key_strides[4]

@@ -29,8 +29,8 @@ bias_index = _compiled(geometry.bias_index)
 
 
 @triton.jit
-def wait_for_table(OVERLAPS: tl.constexpr):
-    """Until the kernel before this one has ended, which makes the table; all programs wait."""
+def wait_for_others(OVERLAPS: tl.constexpr):
+    """Until the kernel before this one has ended, and what it made is there; all programs wait."""
     if OVERLAPS:
         gdc_wait()
 
