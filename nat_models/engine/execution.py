@@ -86,7 +86,7 @@ def choose_execution(
     mode = cfg.compile
     if mode not in MODES:
         raise ValueError(f"compile={mode}: expected auto, false, default or {GRAPHS}")
-    objection = _objection_to_graphs(trainer, is_sharded and bool(separate_blocks(model)))
+    objection = _objection_to_graphs(trainer, model) if is_sharded else None
     if mode == GRAPHS and objection:
         raise ValueError(f"compile={mode}: {objection}; expected compile=default")
     if mode == "auto":
@@ -96,12 +96,14 @@ def choose_execution(
     return Execution(layout, mode or None, batch_size, contiguous_weights=is_sharded)
 
 
-def _objection_to_graphs(trainer: Trainer, in_pieces: bool) -> str | None:
-    """Why steps cannot be replayed as CUDA graphs; None if they can."""
+def _objection_to_graphs(trainer: Trainer, model: nn.Module) -> str | None:
+    """Why FSDP2 cannot replay a model's steps as CUDA graphs; None if it can."""
     if trainer.accumulate_grad_batches > 1:
-        count = trainer.accumulate_grad_batches
-        return f"the next batch's CUDA graph overwrites gradients, and a step takes {count} batches"
-    if in_pieces:
+        return (
+            "trainer.strategy=fsdp2 adds up whole gradients where the graph left them, and a step "
+            f"takes {trainer.accumulate_grad_batches} batches"
+        )
+    if separate_blocks(model):
         return "trainer.strategy=fsdp2 gathers so large a model block by block, at new addresses"
     return None
 

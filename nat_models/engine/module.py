@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -19,7 +20,7 @@ from nat_models.engine.building import (
     checkpoint_activations,
     freeze_all_but_classifier,
 )
-from nat_models.engine.execution import Execution
+from nat_models.engine.execution import GRAPHS, Execution
 from nat_models.engine.non_finite import clip_or_skip
 from nat_models.engine.optimization import create_optimizer, lay_out_as_weights, parameters_of
 from nat_models.engine.sharding import shard
@@ -179,6 +180,15 @@ class Classifier(LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("lr_scale", 1.0)
         return optimizer, scheduler
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Forget the gradients; where replays of a CUDA graph add up, in memory of their own."""
+        adds_up = self.execution.mode == GRAPHS and self.trainer.accumulate_grad_batches > 1
+        if adds_up:  # the first of several would be the graph's, which the second overwrites
+            for parameter in parameters_of(optimizer):
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+        optimizer.zero_grad(set_to_none=not adds_up)
 
     def configure_gradient_clipping(
         self,

@@ -39,6 +39,8 @@ class DDP(DDPStrategy):
         module = self.lightning_module
         if module is None or self.model is not module:  # it is wrapped
             return
+        if module.trainer.fit_loop.epoch_loop._should_accumulate():  # once a step is enough
+            return
         parameters = [p for p in module.parameters() if p.grad is not None]
         buffers = [b for b in module.buffers() if b.is_floating_point()]
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,8 +1,9 @@
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from two_processes import run_two
@@ -10,6 +11,8 @@ from two_processes import run_two
 from nat_models.engine.execution import Execution
 from nat_models.engine.replicas import ALIGNMENT, DDP, Average, replays_graphs
 from nat_models.engine.setup import make_trainer
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
 def average_rounds(rank: int):
@@ -67,26 +70,33 @@ class Normalized(LightningModule):
         self.execution = Execution(mode="reduce-overhead")
 
 
-def train_steps(rank: int):
+def train_steps(rank: int, batches: int):
     """One of two processes, which begin with other weights and see other images."""
     torch.manual_seed(rank)
     module = Normalized().to(memory_format=torch.channels_last)
     strategy = DDP(parallel_devices=[torch.device("cpu")] * 2)
     strategy._lightning_module = strategy.model = module
+    module.trainer = Trainer(accelerator="cpu", accumulate_grad_batches=batches, **QUIET)
+    progress = module.trainer.fit_loop.epoch_loop.batch_progress.current
     strategy.configure_ddp()
+    strategy._average = average = Mock(wraps=strategy._average)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for _ in range(3):
-        optimizer.zero_grad()
-        loss = module.model(torch.randn(4, 3, 8, 8)).square().mean()
-        loss.backward()
-        strategy.post_backward(loss)
+        optimizer.zero_grad(set_to_none=batches == 1)
+        for _ in range(batches):
+            progress.ready += 1
+            loss = module.model(torch.randn(4, 3, 8, 8)).square().mean()
+            loss.backward()
+            strategy.post_backward(loss)
         optimizer.step()
+    assert average.call_count == 3
     return {name: x.tolist() for name, x in module.state_dict().items()}
 
 
 @pytest.mark.slow
-def test_processes_that_begin_apart_stay_together_with_their_statistics():
-    both = run_two(train_steps)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_processes_that_begin_apart_stay_together_with_their_statistics(batches):
+    both = run_two(train_steps, batches)
     assert both[0] == both[1]
     assert both[0]["model.1.running_mean"] != [0.0] * 8
 
