@@ -107,9 +107,9 @@ def _paper(batch_size: int, together: Sequence[int], **axes: Any) -> list[Grid]:
     ]  # fmt: skip
 
 
-def _sizes(kind: Sequence[str], batch_size: int, **axes: Any) -> list[Grid]:
+def _sizes(kind: Sequence[str], execution: str, batch_size: int, **axes: Any) -> list[Grid]:
     return [
-        Grid(models, kind, ("compiled",), together=10,
+        Grid(models, kind, (execution,), together=10,
              batch_sizes=(batch_size // 4 if "384" in size else batch_size,), **axes)
         for size, models in SIZES.items()
     ]  # fmt: skip
@@ -122,7 +122,10 @@ PRESETS = {
         Grid(TINY, INFERENCE, ("eager", "compiled", "cuda_graphs", "captured_compiled"),
              batch_sizes=(1,), precisions=("bfloat16-true",), together=16),
     ],
-    "sizes": [*_sizes(INFERENCE, 128, precisions=("bfloat16-true",)), *_sizes(TRAINING, 64)],
+    "sizes": [
+        *_sizes(INFERENCE, "compiled", 128, precisions=("bfloat16-true",)),
+        *_sizes(TRAINING, "cuda_graphs", 64),
+    ],
     "backends": [
         Grid(("nat_tiny", "dinat_tiny"), INFERENCE, ("compiled",), (*GENERATIONS, "flex", "natten"),
              precisions=("bfloat16-true",)),
