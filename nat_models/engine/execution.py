@@ -100,8 +100,8 @@ def _objection_to_graphs(trainer: Trainer, model: nn.Module) -> str | None:
     """Why FSDP2 cannot replay a model's steps as CUDA graphs; None if it can."""
     if trainer.accumulate_grad_batches > 1:
         return (
-            "trainer.strategy=fsdp2 adds up whole gradients where the graph left them, and a step "
-            f"takes {trainer.accumulate_grad_batches} batches"
+            "with trainer.strategy=fsdp2 untested on GPUs where, as here, a step takes "
+            f"{trainer.accumulate_grad_batches} batches"
         )
     if separate_blocks(model):
         return "trainer.strategy=fsdp2 gathers so large a model block by block, at new addresses"

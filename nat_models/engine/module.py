@@ -181,14 +181,24 @@ class Classifier(LightningModule):
                 group["lr"] *= group.get("lr_scale", 1.0)
         return optimizer, scheduler
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Give gradients memory of their own, where replays of a CUDA graph add up to them.
+
+        Those of the first batch would else be the graph's, which the second overwrites.
+        """
+        if self._adds_up_replays:
+            for optimizer in self.trainer.optimizers:
+                for parameter in parameters_of(optimizer):
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Forget the gradients; where replays of a CUDA graph add up, in memory of their own."""
-        adds_up = self.execution.mode == GRAPHS and self.trainer.accumulate_grad_batches > 1
-        if adds_up:  # the first of several would be the graph's, which the second overwrites
-            for parameter in parameters_of(optimizer):
-                if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
-        optimizer.zero_grad(set_to_none=not adds_up)
+        """Forget the gradients, and give back their memory where nothing adds up to them."""
+        optimizer.zero_grad(set_to_none=not self._adds_up_replays)
+
+    @property
+    def _adds_up_replays(self) -> bool:
+        return self.execution.mode == GRAPHS and self.trainer.accumulate_grad_batches > 1
 
     def configure_gradient_clipping(
         self,

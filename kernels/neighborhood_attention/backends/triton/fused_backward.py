@@ -162,7 +162,7 @@ def _prepare(
         table = BiasTable(problem, window, tile_plan)
         programs = batch * tile_plan.programs * (key_heads if of_keys else heads)
         arguments = {**settings, **plan_arguments(tile_plan), "table_stride": table.head_stride}
-        if of_keys:  # what is launched right before it, the sums' reduction, it does not need
+        if of_keys:  # what reduces the sums, right before it, has waited for delta
             arguments["WAITS_LAST"] = query_bias_gradient is not None
         return table, reading_launch(kernel, programs, problem, tile, arguments)
 

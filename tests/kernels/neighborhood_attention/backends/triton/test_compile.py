@@ -36,6 +36,7 @@ LARGE, SMALL = 227 * 1024, 99 * 1024
 # Of a thread, in bytes: twice the registers that it has. Far beyond, ptxas gives up and spills all.
 MOST_SPILLED = 2048
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+LOADS = re.compile(r"ld\.global|cp\.async\.c[ag]")
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
@@ -185,6 +186,16 @@ def test_all_kernels_compile_for_hopper(name, launches, tmp_path):
         assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == waits
         tells = "griddepcontrol.launch_dependents" in compiled.asm["ptx"]
         assert tells == (kernel.__name__ in ("_build_kernel", "_reduce_kernel"))
+        if kernel.__name__ == "_reduce_kernel":
+            before, _ = compiled.asm["ptx"].split("griddepcontrol.wait")
+            assert "launch_dependents" not in before  # what it has waited for is done, for the next
+            assert not re.search(LOADS, before)
+        if kernel.__name__ == "_key_gradient_kernel":
+            before, after = compiled.asm["ptx"].split("griddepcontrol.wait")
+            waits_last = args[kernel.arg_names.index("WAITS_LAST")]
+            assert waits_last == ("_reduce_kernel" in names and choice in TUNED)
+            assert waits_last == (re.search(LOADS, after) is None)
+            assert "st.global" not in before
 
 
 RINGS = {  # spatial, tiles
