@@ -72,7 +72,8 @@ def check_fits(window: Neighborhood, spatial: Sequence[int]) -> None:
         if extent > spatial[axis]:
             raise ValueError(
                 f"kernel_size={window.kernel_size} with dilation={window.dilation}: spans {extent} "
-                f"tokens of axis {axis}, expected at most the input's {spatial[axis]}"
+                f"tokens of axis {axis}, expected at most the input's {spatial[axis]}; it is read "
+                f"as [B, {SPATIAL[window.dims]}, heads, D] with axes {tuple(spatial)}"
             )
 
 
