@@ -1,5 +1,6 @@
 """The commands nat-train, nat-eval and nat-bench; train.py and eval.py are doors to two of them."""
 
+import functools
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from nat_models.overrides import check_overrides
+
 _log = logging.getLogger(__name__)
 
 
@@ -22,7 +25,24 @@ def config_dir() -> str:
     return str(inside if inside.is_dir() else package.parent / "configs")
 
 
-@hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
+def _command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """`hydra.main`, before which the arguments are checked; options, as of a sweep, are Hydra's."""
+
+    def decorate(job: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
+
+        @functools.wraps(job)
+        def command() -> None:
+            if not any(argument.startswith(("-", "hydra.mode=")) for argument in sys.argv[1:]):
+                _run(check_overrides, config_dir(), config_name, sys.argv[1:])
+            main(job)()
+
+        return command
+
+    return decorate
+
+
+@_command("train")
 def train(cfg: DictConfig) -> Any:
     """nat-train: returns the objective, for sweeps."""
     from nat_models.engine import run
@@ -33,7 +53,7 @@ def train(cfg: DictConfig) -> Any:
     return _run(run.train, cfg)
 
 
-@hydra.main(version_base="1.3", config_path=config_dir(), config_name="eval")
+@_command("eval")
 def evaluate(cfg: DictConfig) -> Any:
     """nat-eval."""
     from nat_models.engine.evaluation import evaluate as work
@@ -41,7 +61,7 @@ def evaluate(cfg: DictConfig) -> Any:
     return _run(work, cfg)
 
 
-@hydra.main(version_base="1.3", config_path=config_dir(), config_name="bench")
+@_command("bench")
 def bench(cfg: DictConfig) -> Any:
     """nat-bench."""
     from nat_models.benchmark.run import run
@@ -49,7 +69,7 @@ def bench(cfg: DictConfig) -> Any:
     return _run(run, cfg)
 
 
-def _run(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+def _run(work: Callable[..., Any], *arguments: Any) -> Any:
     """Run a command: bad input is a line and exit code 2, an end of the run 1, a stop 143."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -58,7 +78,7 @@ def _run(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
     set_up_logging()
     try:
-        return work(cfg)
+        return work(*arguments)
     except (ConfigError, NotImplementedError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

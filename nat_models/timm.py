@@ -8,6 +8,7 @@ The import of this package has registered the models by then.
 import runpy
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 
 def main(arguments: list[str]) -> None:
@@ -17,15 +18,20 @@ def main(arguments: list[str]) -> None:
         arguments: The script's path, then its own arguments.
     """
     if not arguments:
-        sys.exit("usage: python -m nat_models.timm SCRIPT ARGS")
+        _fail("usage: python -m nat_models.timm SCRIPT ARGS")
     script = Path(arguments[0])
     if not script.is_file():
         script = script.with_name(f"{script.name}.py")
     if not script.is_file():
-        sys.exit(f"error: {script}: no such script; timm's are in its repository, not its wheel")
+        _fail(f"error: {arguments[0]}: no such script; timm's are in its repository, not its wheel")
     sys.argv = [str(script), *arguments[1:]]
     sys.path[0] = str(script.parent.resolve())  # as Python does; scripts import each other
     runpy.run_path(str(script), run_name="__main__")
+
+
+def _fail(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Work is divided as in timm's loaders: worker processes decode, crop and augment 
 device normalises, erases and mixes whole batches.
 """
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import InterpolationMode
 
+import nat_models.data.posterize  # noqa: F401 - replaces timm's
 from nat_models.data.images import MAX_TRIES, Batch, Complaints, DecodedDataset, collate
 from nat_models.data.prefetch import DevicePrefetcher
 from nat_models.data.sampler import EpochSampler, SeededDataset, seed_rngs
@@ -33,6 +36,8 @@ from nat_models.data.sources import (
 )
 from nat_models.data.streams import DecodedStream, StreamLoader, share
 from nat_models.errors import RunStopped
+
+_log = logging.getLogger(__name__)
 
 INTERPOLATIONS = {mode.value for mode in InterpolationMode}
 
@@ -59,7 +64,8 @@ class ImageDataModule(LightningDataModule):
         interpolation: Of resizing: "bilinear", "bicubic", ...
         crop_pct: Share of the resized image's side that the evaluation's centre crop keeps.
         batch_size: Images a step and process.
-        num_workers: Processes that load; 0 loads in the training process.
+        num_workers: Processes that load, but for "wds" at most one a core; 0 loads in the training
+            process.
         augment: Training transforms, arguments of `timm.data.create_transform`.
         mixup: Arguments of `timm.data.Mixup`; None: off.
         seed: Seed of order, augmentation and mixup.
@@ -354,7 +360,10 @@ class ImageDataModule(LightningDataModule):
         )
 
     def _loader(self, data: Dataset[Any], **batches: Any) -> DataLoader[Batch]:
-        workers = self.settings.num_workers
+        workers, cores = self.settings.num_workers, _cores()
+        if workers > cores:
+            _log.info("data.num_workers=%d: %d, one for each core here", workers, cores)
+            workers = self.settings.num_workers = cores
         return DataLoader(
             data,
             **batches,
@@ -398,3 +407,9 @@ class Normalise:
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return images.float().sub_(self.mean).div_(self.std)
+
+
+def _cores() -> int:
+    """Number of cores that this process may use."""
+    may_tell = hasattr(os, "sched_getaffinity")  # Linux
+    return len(os.sched_getaffinity(0)) if may_tell else os.cpu_count() or 1

@@ -23,7 +23,7 @@ EXTRA = {"hfds": "datasets", "wds": "webdataset"}  # packages of nat-models[data
 
 
 def open_dataset(
-    name: str,
+    name: str | None,
     root: str | None,
     split: str,
     training: bool,
@@ -50,6 +50,9 @@ def open_dataset(
         ValueError: The data is not there; the message names the configuration key.
     """
     options = options or {}
+    known = f"one of {[*SMALL, 'fake', 'folder', 'tar', 'wds']}, or timm's PREFIX/NAME"
+    if not name:
+        raise ValueError(f"data.name is not set: expected {known}, such as hfds/ylecun/mnist")
     prefix = name.partition("/")[0]
     if name in SMALL:
         return SMALL[name](training, **options)
@@ -63,8 +66,7 @@ def open_dataset(
         if not Path(root).is_dir():
             raise ValueError(f"data.root={root}: expected a folder, there is none")
     elif "/" not in name:
-        known = [*SMALL, "fake", "folder", "tar", "wds"]
-        raise ValueError(f"data.name={name!r}: expected one of {known}, or timm's PREFIX/NAME")
+        raise ValueError(f"data.name={name!r}: expected {known}")
     if prefix in UNSUPPORTED:
         raise ValueError(f"data.name={name!r}: {prefix} is not supported, its order differs by run")
     if name == "folder" and labels is not None:
@@ -78,7 +80,9 @@ def open_dataset(
             "'nat-models[data]'"
         ) from error
     except (AssertionError, RuntimeError, OSError) as error:  # timm found nothing
-        raise ValueError(f"data.root={root}: {error}") from error
+        by_name = root is None or str(error).startswith("Unknown")
+        given = f"data.name={name}" if by_name else f"data.root={root}"
+        raise ValueError(f"{given}: {error}") from error
     if name == "folder" and class_map is None:
         _check_no_class_is_empty(Path(data.reader.root), class_indices(data) or {})
     return data  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ def build_model(
     weights_of: str | None = None,
     rescale_to: int | None = None,
     attention_backend: str | None = None,
+    key: str = "model",
     **options: Any,
 ) -> Any:
     """Create any model that timm knows, ours included.
@@ -27,6 +28,7 @@ def build_model(
             left out where the classes differ.
         rescale_to: Side in pixels that the model's dilations, and its input size, are adapted to.
         attention_backend: Backend of every neighborhood attention; None: chosen by the device.
+        key: The configuration's key of these arguments, for messages.
         **options: Further arguments of `timm.create_model`; None values are left out.
 
     Raises:
@@ -35,49 +37,49 @@ def build_model(
     """
     if not name:
         raise ValueError(
-            "model.name is not set: expected the name of a timm model, such as nat_tiny"
+            f"{key}.name is not set: expected the name of a timm model, such as nat_tiny"
         )
-    check_model_name("model.name", name)
+    check_model_name(f"{key}.name", name)
     if attention_backend is not None and attention_backend not in list_backends():
         raise ValueError(
-            f"model.attention_backend={attention_backend}: expected one of {list_backends()}"
+            f"{key}.attention_backend={attention_backend}: expected one of {list_backends()}"
         )
     if weights_of is not None:
         pretrained = True
-        options["pretrained_cfg_overlay"] = _weights(weights_of)
+        options["pretrained_cfg_overlay"] = _weights(weights_of, key)
     try:
         model: Any = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:  # an argument that the model does not have
-        raise ValueError(f"model.name={name}: {error}") from error
+        raise ValueError(f"{key}.name={name}: {error}") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model.pretrained=true: no weights for {weights_of or name}: {reason}"
+            f"{key}.pretrained=true: no weights for {weights_of or name}: {reason}"
         ) from error
     if rescale_to is not None:
         try:
             model.set_input_size(rescale_to, rescale_dilations=True)
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"model.rescale_to={rescale_to}: {name} has no dilations") from error
+            raise ValueError(f"{key}.rescale_to={rescale_to}: {name} has no dilations") from error
     if attention_backend is not None:
         if not hasattr(model, "set_attention_backend"):
             raise ValueError(
-                f"model.attention_backend={attention_backend}: {name} has no neighborhood attention"
+                f"{key}.attention_backend={attention_backend}: {name} has no neighborhood attention"
             )
         model.set_attention_backend(attention_backend)
     return model
 
 
-def _weights(name: str) -> dict[str, Any]:
+def _weights(name: str, key: str) -> dict[str, Any]:
     """Where a model's weights are, as timm keeps it."""
-    check_model_name("model.weights_of", name)
+    check_model_name(f"{key}.weights_of", name)
     source: Any = timm.get_pretrained_cfg(name)
     if source is None or not source.has_weights:
-        raise ValueError(f"model.weights_of={name}: timm knows no weights of it")
-    keys = ("url", "file", "hf_hub_id", "hf_hub_filename", "num_classes")
-    return {key: getattr(source, key) for key in keys}
+        raise ValueError(f"{key}.weights_of={name}: timm knows no weights of it")
+    fields = ("url", "file", "hf_hub_id", "hf_hub_filename", "num_classes")
+    return {field: getattr(source, field) for field in fields}
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -40,7 +40,8 @@ class Distiller(Classifier):
             raise ValueError(f"task.temperature={temperature}: expected more than 0")
         self.distillation_weight = distillation_weight
         self.temperature = temperature
-        model = build_model(**{"num_classes": self.model.num_classes, **teacher})
+        arguments = {"num_classes": self.model.num_classes, **teacher}
+        model = build_model(**arguments, key="task.teacher")
         for key in ("num_classes", "in_chans"):
             ours, theirs = (getattr(m, key, None) for m in (self.model, model))
             if ours != theirs:

@@ -1,7 +1,6 @@
 """Evaluation: of a checkpoint or of any model by name, on held-out images or on plain pictures."""
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from nat_models.engine.labels import check_real_labels, class_names, real_accura
 from nat_models.engine.module import Classifier
 from nat_models.engine.pictures import name_pictures
 from nat_models.engine.predictions import Predictions
-from nat_models.engine.report import write_report, write_results
+from nat_models.engine.report import output_folder, write_report, write_results, writing_to
 from nat_models.engine.setup import check_fits, given_data, make_trainer, plain, set_up_torch
 from nat_models.engine.trained import TrainedRun
-from nat_models.errors import RunStopped, bad_input, faults_of_the_machine
+from nat_models.errors import bad_input, faults_of_the_machine
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +47,11 @@ def evaluate(cfg: DictConfig) -> Any:
         set_up_torch(cfg)
         given = plain(cfg.model)
         module = trained.module(given) if trained else Classifier(model=given)
+    if not (trained or given["pretrained"] or given["weights_of"] or "checkpoint_path" in given):
+        _log.warning(
+            "model.name=%s: the weights are random; set ckpt=PATH or model.pretrained=true",
+            given["name"],
+        )
     if cfg.images is not None:
         return name_pictures(cfg, module, trained)
     with bad_input():
@@ -58,7 +62,7 @@ def evaluate(cfg: DictConfig) -> Any:
         check_fits(data, module)
         if cfg.real_labels:
             check_real_labels(data)
-        output = _output(cfg)
+        output = output_folder(cfg)
         predictions = Predictions()
         trainer = make_trainer(cfg)
         trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
@@ -149,21 +153,6 @@ def _over_processes(trainer: Trainer, count: int) -> int:
     return int(total)
 
 
-def _output(cfg: DictConfig) -> Path | None:
-    if cfg.output is None:
-        return None
-    output = Path(cfg.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output={output}: expected a folder that can be written to: {error}"
-        ) from error
-    return output
-
-
 def _write(
     output: Path,
     results: list[dict[str, Any]],
@@ -171,9 +160,6 @@ def _write(
     data: ImageDataModule,
     names: list[str],
 ) -> None:
-    try:
+    with writing_to(output):
         write_results(output, results)
         write_report(output, table, data, names)
-    except OSError as error:
-        raise RunStopped(f"output={output}: the results could not be written: {error}") from error
-    _log.info("results: %s", output)

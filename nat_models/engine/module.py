@@ -158,8 +158,16 @@ class Classifier(LightningModule):
             Optimizer and scheduler, the latter None if `sched` is "none".
 
         Raises:
-            ValueError: timm cannot make one of them; the message names the configuration group.
+            ValueError: The run ends before its cooldown, or timm cannot make one of them; the
+                message names the key or the configuration group.
         """
+        cooldown = self.scheduler_args.get("cooldown_epochs", 0)
+        # Other types are left to timm, which refuses them.
+        if isinstance(epochs, int) and isinstance(cooldown, int) and epochs <= cooldown:
+            raise ValueError(
+                f"trainer.max_epochs={epochs}: expected more than "
+                f"scheduler.cooldown_epochs={cooldown}"
+            )
         try:
             optimizer = create_optimizer(self.model, self._trainer, **self.optimizer_args)
         except (ValueError, TypeError) as error:
@@ -167,7 +175,7 @@ class Classifier(LightningModule):
         try:
             scheduler, _ = create_scheduler_v2(
                 optimizer,
-                num_epochs=epochs - self.scheduler_args.get("cooldown_epochs", 0),
+                num_epochs=epochs - cooldown,
                 step_on_epochs=False,
                 updates_per_epoch=updates_per_epoch,
                 **self.scheduler_args,

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from PIL.Image import Image
 from torch import Tensor
@@ -14,6 +15,7 @@ from nat_models.data.images import decode
 from nat_models.engine.execution import choose_execution
 from nat_models.engine.labels import class_names
 from nat_models.engine.module import Classifier
+from nat_models.engine.report import output_folder, write_named, writing_to
 from nat_models.engine.setup import given_data, make_trainer
 from nat_models.engine.trained import TrainedRun
 from nat_models.errors import bad_input
@@ -26,7 +28,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 def name_pictures(
     cfg: DictConfig, module: Classifier, trained: TrainedRun | None
 ) -> dict[str, list[tuple[str, float]]]:
-    """Print the five most probable classes of each picture; draw one layer's attention if asked.
+    """Tell the five most probable classes of each picture; draw one layer's attention if asked.
+
+    With `output` set they are also written there, as predictions.csv.
 
     Args:
         cfg: Composed from configs/eval.yaml; its `images` is a picture or a folder of them.
@@ -39,11 +43,13 @@ def name_pictures(
     Raises:
         ConfigError: There is no picture, the model has no such layer, or a picture cannot be read
             and, by `data.on_error`, is not to be skipped.
+        RunStopped: The results cannot be written.
     """
     with bad_input():
         paths = _pictures(Path(cfg.images))
         if cfg.attention is not None and cfg.output is None:
             raise ValueError(f"attention={cfg.attention}: expected output=FOLDER for the drawings")
+        output = output_folder(cfg)
         data = _settings(cfg, trained)
         data.follow(module.model)
         names = class_names(module, None, trained)
@@ -65,21 +71,21 @@ def name_pictures(
             top = [(names[c], float(p)) for c, p in zip(classes, shares, strict=True)]
             found[path.name] = top
             _log.info("%s: %s", path.name, ", ".join(f"{name} {p:.1%}" for name, p in top))
-            if cfg.attention is not None:
+            if cfg.attention is not None and output is not None:
                 with precision.val_step_context():
-                    _draw_attention(cfg, module, pixels, picture, path)
+                    figure = _attention(cfg, module, pixels, picture)
+                figure.savefig(output / f"{path.name}_attention.png")
     if data.complaints.count:
         _log.warning("%d of %d pictures could not be read", data.complaints.count, len(paths))
+    if output is not None:
+        with writing_to(output):
+            write_named(output, found)
     return found
 
 
-def _draw_attention(
-    cfg: DictConfig, module: Classifier, pixels: Tensor, picture: viz.Picture, path: Path
-) -> None:
+def _attention(cfg: DictConfig, module: Classifier, pixels: Tensor, picture: viz.Picture) -> Figure:
     layer = None if cfg.attention == "auto" else cfg.attention
-    figure = viz.neighborhoods(module.model, pixels, picture, layer)
-    Path(cfg.output).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(cfg.output, f"{path.stem}_attention.png"))
+    return viz.neighborhoods(module.model, pixels, picture, layer)
 
 
 def _settings(cfg: DictConfig, trained: TrainedRun | None) -> ImageDataModule:

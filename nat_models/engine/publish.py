@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 
@@ -28,7 +29,7 @@ def write_model(folder: Path, module: Classifier, data: ImageDataModule) -> None
 
 
 def write_card(
-    folder: Path, module: Classifier, data: ImageDataModule, metrics: dict[str, float]
+    folder: Path, module: Classifier, data: ImageDataModule, metrics: dict[str, float], images: int
 ) -> None:
     """Write README.md, the model card.
 
@@ -37,6 +38,7 @@ def write_card(
         module: The model.
         data: What it was trained and evaluated on.
         metrics: Held-out loss and accuracies.
+        images: Number of images that these are of.
     """
     name = module.hparams["model"]["name"]
     size = "x".join(map(str, data.config["input_size"]))
@@ -48,12 +50,22 @@ def write_card(
             "Parameters": f"{sum(p.numel() for p in module.model.parameters()):,}",
             "Classes": module.num_classes,
             "Input": f"{size}, mean {data.config['mean']}, std {data.config['std']}",
-            "Held-out images": f"{data.sizes['val']:,}, {accuracy(metrics)}",
+            "Held-out images": f"{images:,}, {accuracy(metrics)}",
         },
         "usage": "```python\nimport timm\nimport nat_models  # registers the models\n\n"
         'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # this folder\n```\n',
     }
     (folder / "README.md").write_text(generate_readme(card, name))
+
+
+def check_repository(repository: str) -> None:
+    """Raise ValueError if it has not the form ORG/NAME, as the hub spells them."""
+    try:
+        validate_repo_id(repository)
+        if "/" not in repository:
+            raise ValueError("it names no ORG")
+    except ValueError as error:
+        raise ValueError(f"push_to_hub={repository}: expected ORG/NAME: {error}") from error
 
 
 def push(folder: Path, repository: str) -> None:

@@ -2,14 +2,55 @@
 
 import csv
 import json
-from collections.abc import Sequence
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from nat_models import viz
 from nat_models.data import ImageDataModule
+from nat_models.errors import RunStopped
+
+_log = logging.getLogger(__name__)
+
+
+def output_folder(cfg: DictConfig) -> Path | None:
+    """Make the folder for the results, None if there are to be none.
+
+    Raises:
+        ValueError: It cannot be written to.
+    """
+    if cfg.output is None:
+        return None
+    output = Path(cfg.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output={output}: expected a folder that can be written to: {error}"
+        ) from error
+    return output
+
+
+@contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """Around the writing of results: tells where they are.
+
+    Raises:
+        RunStopped: They cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(f"output={output}: the results could not be written: {error}") from error
+    _log.info("results: %s", output)
 
 
 def write_results(folder: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -64,6 +105,24 @@ def write_report(
         ],
     )
     viz.confusion(matrix, names).savefig(folder / "confusion.png")
+
+
+def write_named(folder: Path, found: dict[str, list[tuple[str, float]]]) -> None:
+    """Write predictions.csv of pictures without labels, a row for each class of each.
+
+    Args:
+        folder: Where to.
+        found: By file name, the classes and their probabilities, the most probable first.
+    """
+    _write_csv(
+        folder / "predictions.csv",
+        ["file", "rank", "class", "probability"],
+        [
+            [file, rank, name, f"{probability:.4f}"]
+            for file, top in found.items()
+            for rank, (name, probability) in enumerate(top, 1)
+        ],
+    )
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

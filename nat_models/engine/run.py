@@ -22,7 +22,8 @@ from nat_models.engine.execution import choose_execution, trains_long
 from nat_models.engine.fail_together import fail_together
 from nat_models.engine.folder import claim, resume_path, share_output_dir
 from nat_models.engine.module import Classifier
-from nat_models.engine.publish import push, write_card, write_model
+from nat_models.engine.predictions import Predictions
+from nat_models.engine.publish import check_repository, push, write_card, write_model
 from nat_models.engine.setup import (
     accumulate,
     check_fits,
@@ -56,6 +57,8 @@ def train(cfg: DictConfig) -> float:
     with bad_input():
         if cfg.objective not in OBJECTIVES:
             raise ValueError(f"objective={cfg.objective}: expected one of {OBJECTIVES}")
+        if cfg.push_to_hub is not None:
+            check_repository(cfg.push_to_hub)
         result = _result(cfg)
         path = resume_path(cfg)
         resumed = TrainedRun.read(path) if path else None
@@ -72,6 +75,7 @@ def train(cfg: DictConfig) -> float:
         check_fits(data, module)
         if resumed:
             resumed.check_same_model(model)
+            resumed.check_length(cfg.trainer.max_epochs)
             load_weights(module, resumed.state_dict, resumed.path)
             cfg.paths.output_dir = str(resumed.path.parent)
         share_output_dir(cfg)
@@ -86,6 +90,7 @@ def train(cfg: DictConfig) -> float:
         claim(output, resuming=resumed is not None)
     with log_to_file(output / "train.log"), fail_together(trainer), faults_of_the_machine():
         _record_start(output, cfg, trainer, module, data)
+        _tell_origin(output, cfg, resumed)
         trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
         output = trainer.strategy.broadcast(output)  # torchrun's processes each name another
         checkpoint = output / result
@@ -97,8 +102,11 @@ def train(cfg: DictConfig) -> float:
         _draw(output, trainer, module, data)
         _write_model(output / "model", module, data)
         module.run_by(execution)
+        predictions = Predictions()
+        trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
         [metrics] = trainer.validate(module, data, verbose=False)
-        _write_metrics(output, metrics, module, data, cfg.push_to_hub)
+        images = len(predictions.table()["index"])
+        _write_metrics(output, metrics, images, module, data, cfg.push_to_hub)
         _log.info("%s  %s", accuracy(metrics), checkpoint)
         _end_logs(trainer)
     objective: float = metrics[cfg.objective]
@@ -125,6 +133,19 @@ def _record_start(
 
 
 @rank_zero_only
+def _tell_origin(output: Path, cfg: DictConfig, resumed: TrainedRun | None) -> None:
+    if resumed is None:
+        if cfg.ckpt == "auto":
+            _log.info("ckpt=auto: %s holds no last.ckpt, a new run begins", output)
+        return
+    path, epochs = resumed.path, resumed.epochs
+    _log.info("%-10s %s: after epoch %d, step %d", "continued", path, epochs, resumed.steps)
+    if epochs == cfg.trainer.max_epochs:
+        message = "%s has its trainer.max_epochs=%d already; to train on, raise trainer.max_epochs"
+        _log.warning(message, path, epochs)
+
+
+@rank_zero_only
 def _draw(output: Path, trainer: Trainer, module: Classifier, data: ImageDataModule) -> None:
     for history in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(history, History) and history.epochs:
@@ -143,10 +164,15 @@ def _write_model(folder: Path, module: Classifier, data: ImageDataModule) -> Non
 
 @rank_zero_only
 def _write_metrics(
-    output: Path, metrics: Any, module: Classifier, data: ImageDataModule, repository: str | None
+    output: Path,
+    metrics: Any,
+    images: int,
+    module: Classifier,
+    data: ImageDataModule,
+    repository: str | None,
 ) -> None:
     _write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
-    write_card(output / "model", module, data, metrics)
+    write_card(output / "model", module, data, metrics, images)
     if repository is not None:
         push(output / "model", repository)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -41,15 +42,27 @@ def make_trainer(cfg: DictConfig) -> Trainer:
         options["strategy"] = FSDP2()
     # What Lightning chooses for several processes, too.
     StrategyRegistry.register("ddp", DDP, override=True, start_method="popen")
-    trainer: Trainer = instantiate(
-        cfg.trainer,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-        _convert_="all",
-        **options,
-    )
+    try:
+        trainer: Trainer = instantiate(
+            cfg.trainer,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+            _convert_="all",
+            **options,
+        )
+    except InstantiationException as error:
+        raise ValueError(_with_key(str(error.__cause__ or error), cfg.trainer)) from error
     return trainer
+
+
+def _with_key(reason: str, given: DictConfig) -> str:
+    """Lightning's complaint, after the key and the value that it speaks of."""
+    reason = " ".join(reason.split())
+    for key in ("devices", "precision", "strategy", "accelerator"):
+        if key in reason.lower() or f" {given[key]} " in reason:
+            return f"trainer.{key}={given[key]}: {reason}"
+    return reason
 
 
 def make_data(cfg: DictConfig) -> ImageDataModule:
@@ -109,7 +122,9 @@ def accumulate(trainer: Trainer, cfg: DictConfig, images: int) -> None:
 
 
 def set_up_torch(cfg: DictConfig) -> None:
-    """TF32, caches of compiled code, threads, seeds."""
+    """TF32, caches of compiled code, threads, seeds; first checks the number of epochs."""
+    if "trainer" in cfg:
+        _check_positive("trainer.max_epochs", cfg.trainer.max_epochs)
     torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     if "paths" in cfg:  # not a default: to import PyTorch is enough for it to set the first one
@@ -117,13 +132,17 @@ def set_up_torch(cfg: DictConfig) -> None:
             folder = Path(cfg.paths.cache, variable.partition("_")[0].lower())
             os.environ[variable] = str(folder.absolute())
     if cfg.threads is not None:
-        if not isinstance(cfg.threads, int) or cfg.threads < 1:
-            raise ValueError(f"threads={cfg.threads}: expected an integer, at least 1")
+        _check_positive("threads", cfg.threads)
         torch.set_num_threads(cfg.threads)
     if "seed" in cfg:
         if cfg.seed not in range(2**32):
             raise ValueError(f"seed={cfg.seed}: expected an integer from 0 to {2**32 - 1}")
         seed_everything(cfg.seed, verbose=False)
+
+
+def _check_positive(key: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key}={value}: expected an integer, at least 1")
 
 
 def check_fits(data: ImageDataModule, module: Classifier) -> None:

@@ -21,6 +21,7 @@ class TrainedRun:
         data_hparams: Arguments of its `ImageDataModule`.
         state_dict: Weights of its `Classifier`.
         progress: State of its `ImageDataModule`.
+        steps: Number of its optimizer steps.
     """
 
     path: Path
@@ -28,6 +29,13 @@ class TrainedRun:
     data_hparams: dict[str, Any]
     state_dict: dict[str, Any]
     progress: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+
+    @property
+    def epochs(self) -> int:
+        """Number of its whole epochs."""
+        epochs: int = self.progress.get("epoch", 0)
+        return epochs
 
     @property
     def class_names(self) -> list[str] | None:
@@ -62,6 +70,7 @@ class TrainedRun:
                 data_hparams=content["datamodule_hyper_parameters"],
                 state_dict=trained_weights if weights == "trained" else content["state_dict"],
                 progress=content.get("ImageDataModule", {}),
+                steps=content.get("global_step", 0),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(
@@ -102,6 +111,11 @@ class TrainedRun:
                 raise ValueError(
                     f"model.{key}={given[key]}: the checkpoint {self.path} has {ours[key]}"
                 )
+
+    def check_length(self, epochs: int) -> None:
+        """Raise ValueError if a run of so many epochs would end before the checkpoint."""
+        if epochs < self.epochs:
+            raise ValueError(f"trainer.max_epochs={epochs}: {self.path} has {self.epochs} already")
 
     def check_same_pace(self, now: dict[str, int]) -> None:
         """Raise ValueError if the steps, or within an epoch the batches, would be others.

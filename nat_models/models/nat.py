@@ -147,8 +147,11 @@ def _check_stages(
         raise ValueError(f"num_heads needs one entry a stage, got {num_heads=}, {depths=}")
     if len(kernel_size) != len(depths):
         raise ValueError(f"kernel_size needs one entry a stage, got {kernel_size=}, {depths=}")
-    if [len(stage) for stage in dilations] != list(depths):
-        raise ValueError(f"dilations needs one entry a block, got {dilations=}, {depths=}")
+    nested = isinstance(dilations, Sequence) and all(isinstance(d, Sequence) for d in dilations)
+    if not nested or [len(stage) for stage in dilations] != list(depths):
+        raise ValueError(
+            f"dilations needs one entry a block, in a list a stage, got {dilations=}, {depths=}"
+        )
 
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -62,6 +62,13 @@ def test_a_recipe_is_the_published_one(compose, experiment, expected):
         assert cfg.optimizer.lr == 1e-3
 
 
+@pytest.mark.parametrize("experiment", sorted(EXPERIMENTS))
+def test_every_recipe_can_be_shortened(compose, experiment):
+    cfg = compose("train", f"experiment={experiment}", "debug=short", "model.name=nat_mini")
+    assert cfg.trainer.max_epochs > cfg.scheduler.warmup_epochs + cfg.scheduler.cooldown_epochs
+    assert cfg.global_batch_size is None  # a step of several batches would not fit into two
+
+
 def test_the_large_models_rate_is_constant_or_falls_in_a_line(compose):
     recipe = ["experiment=dinat_large_in1k", "data.root=x"]
     assert compose("train", *recipe).scheduler.sched == "none"

@@ -28,11 +28,18 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_key_is_hydras_own_error(monkeypatch, capsys):
+def test_wrong_key_is_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nat-eval", "chekpoint=x"])
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         cli.evaluate()
-    assert "Key 'chekpoint' is not in struct" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == "error: chekpoint=x: no such key; did you mean ckpt?\n"
+
+
+def test_the_arguments_of_a_sweep_are_left_to_hydra(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nat-eval", "--cfg", "job", "weights=averaged,trained", "-m"])
+    with pytest.raises(ValueError, match="Only one of"):
+        cli.evaluate()
 
 
 def test_doors_and_console_scripts_lead_to_the_same_functions():

@@ -106,6 +106,19 @@ def test_training_batches_repeat_exactly_whatever_the_workers(image_folder):
     assert not any(map(torch.equal, ours, batches(0, seed=1)))
 
 
+@pytest.mark.parametrize(("given", "workers"), [(8, 2), (1, 1)])
+def test_at_most_one_process_a_core_loads(monkeypatch, caplog, given, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5}, raising=False)
+    data = ImageDataModule("fake", batch_size=4, num_workers=given, options={"size": 8})
+    attached(data, model_of((3, 16, 16)))
+    with caplog.at_level("INFO", logger="nat_models"):
+        loaders = [data.train_dataloader(), data.val_dataloader()]
+    assert [loader.num_workers for loader in loaders] == [workers] * 2
+    assert data.settings.num_workers == workers
+    told = ["data.num_workers=8: 2, one for each core here"] if workers < given else []
+    assert [text for text in caplog.messages if "num_workers" in text] == told
+
+
 def test_restored_loader_goes_on_where_the_state_says(image_folder):
     data = ImageDataModule("folder", str(image_folder), batch_size=4, augment={"no_aug": True})
     attached(data, model_of((3, 16, 16), classes=3))

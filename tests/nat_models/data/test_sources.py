@@ -39,6 +39,8 @@ def test_fake_images_differ_between_splits():
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [
+        (None, None, r"data\.name is not set: expected one of .* such as hfds/"),
+        ("torch/cifar99", "data", r"data\.name=torch/cifar99: Unknown torchvision dataset cifar99"),
         ("folder", None, r"data\.root is not set"),
         ("folder", "no/such/folder", r"data\.root=no/such/folder: expected a folder"),
         (

@@ -34,6 +34,7 @@ def test_backend_is_set_on_every_neighborhood_attention():
             {"name": "test_vit", "weights_of": "nat_demo"},
             r"weights_of=nat_demo: timm knows no w",
         ),
+        ({"name": None, "key": "task.teacher"}, r"^task\.teacher\.name is not set"),
         ({"name": "test_vit", "rescale_to": 64}, r"rescale_to=64: test_vit has no dilations"),
         (
             {"name": "test_vit", "attention_backend": "fused"},

@@ -44,6 +44,11 @@ def test_the_teacher_is_neither_saved_nor_trained():
         ({"distillation_weight": 2}, r"task\.distillation_weight=2: expected a number from 0 to 1"),
         ({"temperature": 0}, r"task\.temperature=0: expected more than 0"),
         ({"teacher": {**TEACHER, "num_classes": 9}}, r"teacher\.name=test_vit: has num_classes 9"),
+        ({"teacher": {"name": "nat_x"}}, r"task\.teacher\.name=nat_x: timm has no such model"),
+        (
+            {"teacher": {"name": "nat_demo", "pretrained": True}},
+            r"^task\.teacher\.pretrained=true: no weights for nat_demo",
+        ),
         ({"teacher": {**TEACHER, "in_chans": 1}}, r"teacher\.name=test_vit: has in_chans 1"),
     ],
 )

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -144,6 +145,24 @@ def test_names_outside_imagenet_have_no_reassessed_label(compose, folder, monkey
     cfg = compose("eval", *options(folder, "model.num_classes=3", "real_labels=true"))
     with pytest.raises(ConfigError, match=r"real_labels=true: x\.JPEG is no validation image"):
         evaluate(cfg)
+
+
+RANDOM = "the weights are random; set ckpt=PATH or model.pretrained=true"
+
+
+@pytest.mark.parametrize("pictures", [False, True], ids=["data", "pictures"])
+def test_random_weights_are_told(compose, folder, caplog, pictures):
+    more = ["model.num_classes=3", *([f"images={folder}/val/a"] if pictures else [])]
+    evaluate(compose("eval", *options(folder, *more)))
+    assert caplog.text.count(f"model.name=test_vit: {RANDOM}") == 1
+
+
+def test_weights_that_are_not_random_are_not_told(compose, folder, tmp_path, caplog):
+    path = tmp_path / "model.pth"
+    torch.save(timm.create_model("test_vit", img_size=32, num_classes=3).state_dict(), path)
+    more = ["model.num_classes=3", f"+model.checkpoint_path={path}"]
+    evaluate(compose("eval", *options(folder, *more)))
+    assert "random" not in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_before(compose, folder, monkeypatch):

@@ -79,6 +79,17 @@ def test_schedule_warms_up_then_falls_to_its_minimum_every_step():
     torch.testing.assert_close(torch.tensor(rates), expected.float())
 
 
+@pytest.mark.parametrize("epochs", [5, 10])
+def test_a_run_that_ends_before_its_cooldown_is_refused(epochs):
+    module = classifier(
+        optimizer={"opt": "sgd", "lr": 0.1}, scheduler={"sched": "cosine", "cooldown_epochs": 10}
+    )
+    message = rf"^trainer\.max_epochs={epochs}: expected more than scheduler\.cooldown_epochs=10$"
+    with pytest.raises(ValueError, match=message):
+        module.schedule(epochs, updates_per_epoch=1)
+    module.schedule(11, updates_per_epoch=1)
+
+
 def test_nothing_asks_for_the_loss_at_each_step():
     fitted = trainer(max_epochs=1)
     fitted.fit(classifier(optimizer={"opt": "sgd", "lr": 0.1}), loader(torch.arange(4)))

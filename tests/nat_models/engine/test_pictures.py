@@ -1,3 +1,4 @@
+import csv
 import logging
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from nat_models.data import ImageDataModule
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.module import Classifier
 from nat_models.engine.pictures import name_pictures
-from nat_models.errors import ConfigError
+from nat_models.errors import ConfigError, RunStopped
 
 MODEL = ["model.name=nat_mini", "+model.embed_dim=32", "+model.depths=[1,1,1,1]"]
 MODEL += ["+model.num_heads=[1,1,1,1]"]
@@ -33,7 +34,42 @@ def test_pictures_are_named_and_their_attention_drawn(compose, tmp_path, caplog)
         assert [p for _, p in top] == sorted((p for _, p in top), reverse=True)
         assert not top[0][0].isdecimal()  # a name of ImageNet's
         assert f"{name}: {top[0][0]}" in caplog.text
-    assert len(list((tmp_path / "out").glob("*_attention.png"))) == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "predictions.csv",
+        *(f"{name}_attention.png" for name in found),
+    }
+
+
+def test_what_pictures_show_is_written_if_it_is_to(compose, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    three_pictures(tmp_path)
+    out = tmp_path / "out"
+    found = evaluate(compose("eval", *MODEL, f"images={tmp_path}", f"output={out}"))
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["file"], row["class"]) for row in rows] == [
+        (name, label) for name, top in found.items() for label, _ in top
+    ]
+    assert [row["rank"] for row in rows] == 3 * list("12345")
+    assert float(rows[0]["probability"]) == pytest.approx(found["a.png"][0][1], abs=1e-4)
+    assert f"results: {out}" in caplog.text
+
+
+def test_drawings_of_pictures_that_share_a_stem_are_both_kept(compose, tmp_path):
+    for name in ("x.png", "x.jpg"):
+        Image.new("RGB", (40, 40), "teal").save(tmp_path / name)
+    options = [f"images={tmp_path}", f"output={tmp_path}/out", "attention=auto"]
+    evaluate(compose("eval", *MODEL, *options))
+    assert len(list((tmp_path / "out").glob("*_attention.png"))) == 2
+
+
+def test_results_that_cannot_be_written_are_one_line(compose, tmp_path):
+    three_pictures(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.csv").symlink_to("/dev/full")
+    cfg = compose("eval", *MODEL, f"images={tmp_path}", f"output={tmp_path}/out")
+    with pytest.raises(RunStopped, match=r"output=.*/out: the results could not be .*No space"):
+        evaluate(cfg)
 
 
 def three_pictures(folder: Path) -> None:
@@ -147,9 +183,10 @@ def test_attention_is_drawn_in_any_precision(compose, tmp_path, precision, dtype
         (["images=TEXT"], r"images=.*x\.png: cannot identify"),
         (["images=PICTURE", "trainer.accelerator=none"], r"`none`|'none'"),
         (["images=PICTURE", "compile=max"], r"compile=max: expected auto, false, default"),
+        (["images=PICTURE", "output=/proc"], r"output=/proc: expected a folder that can be"),
         (["images=TEXT", "attention=auto"], r"attention=auto: expected output=FOLDER"),
     ],
-    ids=["missing", "empty", "text", "accelerator", "compile", "no_output"],
+    ids=["missing", "empty", "text", "accelerator", "compile", "output", "no_output"],
 )
 def test_bad_input_is_named(compose, tmp_path, options, message):
     (tmp_path / "empty").mkdir()

@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 
 from nat_models.data import ImageDataModule
 from nat_models.engine.module import Classifier
-from nat_models.engine.publish import push, write_card, write_model
+from nat_models.engine.publish import check_repository, push, write_card, write_model
 from nat_models.errors import RunStopped
 
 
@@ -47,9 +47,9 @@ def test_the_folder_opens_as_the_same_model_with_its_preprocessing(module, data,
 
 def test_the_card_tells_what_the_model_is_and_how_good(module, data, tmp_path):
     metrics = {"val/top1": 0.5, "val/top5": 1.0}
-    write_card(tmp_path, module, data, metrics)
+    write_card(tmp_path, module, data, metrics, images=2000)
     card = (tmp_path / "README.md").read_text()
-    for part in ("license: mit", "nat_demo", "**Classes:** 3", "3x40x40", "3, top-1 50.00 %"):
+    for part in ("license: mit", "nat_demo", "**Classes:** 3", "3x40x40", "2,000, top-1 50.00 %"):
         assert part in card
 
 
@@ -96,10 +96,17 @@ def hub(monkeypatch):
 
 def test_the_whole_folder_is_uploaded(module, data, hub, tmp_path):
     write_model(tmp_path / "model", module, data)
-    write_card(tmp_path / "model", module, data, {"val/top1": 0.5, "val/top5": 1.0})
+    write_card(tmp_path / "model", module, data, {"val/top1": 0.5, "val/top5": 1.0}, images=3)
     push(tmp_path / "model", "a/b")
     assert hub.received == {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
     assert {"README.md", "config.json", "model.safetensors"} == set(hub.received)
+
+
+def test_a_repository_is_an_organisation_and_a_name():
+    check_repository("a/b.c-d")
+    for wrong in ("foo", "a/b/c", "/a", "a/", "a/b c", "a/b--c", 7):
+        with pytest.raises(ValueError, match=rf"^push_to_hub={wrong}: expected ORG/NAME: ."):
+            check_repository(wrong)
 
 
 def test_a_failed_upload_says_where_the_model_is(tmp_path, monkeypatch):

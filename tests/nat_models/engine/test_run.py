@@ -1,5 +1,6 @@
 """Bad input is refused before any work, in one message, and leaves no folder behind."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -77,6 +78,8 @@ def checkpoint(tmp_path_factory) -> Path:
             ["callbacks.best=null", "callbacks.last=null"],
             r"callbacks\.best=null and callbacks\.last",
         ),
+        (["push_to_hub=foo"], r"push_to_hub=foo: expected ORG/NAME: it names no ORG"),
+        (["push_to_hub=a/b/c"], r"push_to_hub=a/b/c: expected ORG/NAME: "),
         (["ckpt=no/last.ckpt"], r"no/last\.ckpt: no such file"),
         (["ckpt=last", "name=never"], r"ckpt=last: there is no last\.ckpt under .*never"),
     ],
@@ -167,6 +170,41 @@ def test_a_run_without_loggers(compose, tmp_path, monkeypatch):
     assert {"best.ckpt", "metrics.json"} <= set(os.listdir(output))
     assert not (output / "csv").exists()
     assert os.listdir(tmp_path) == ["outputs"]
+
+
+@pytest.mark.parametrize(("limit", "images"), [(1, 4), ("null", 8)])
+def test_the_card_tells_how_many_images_were_evaluated(compose, tmp_path, limit, images):
+    options = ["debug=short", f"trainer.limit_val_batches={limit}", f"paths.output_dir={tmp_path}"]
+    run.train(compose("train", *TINY, *QUIET, *options))
+    assert f"Held-out images:** {images}, top-1" in (tmp_path / "model/README.md").read_text()
+
+
+def test_a_recipe_can_be_shortened(compose, tmp_path):
+    options = ["experiment=nat_tiny_in1k", *TINY, *QUIET, "data.root=null", "debug=short"]
+    run.train(compose("train", *options, f"paths.output_dir={tmp_path}"))
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_a_run_that_is_continued_says_from_where(compose, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    last = tmp_path / "last.ckpt"
+    options = [*TINY, *QUIET, "debug=short", "ckpt=auto", f"paths.output_dir={tmp_path}"]
+
+    def said(epochs: int) -> str:
+        caplog.clear()
+        run.train(compose("train", *options, f"trainer.max_epochs={epochs}"))
+        return caplog.text
+
+    assert f"ckpt=auto: {tmp_path} holds no last.ckpt, a new run begins" in said(1)
+    finished = f"{last} has its trainer.max_epochs=1 already; to train on, raise"
+    assert finished in (again := said(1))
+    assert f"continued  {last}: after epoch 1, step 2" in again
+    further = said(2)
+    assert f"continued  {last}: after epoch 1, step 2" in further
+    assert "already" not in further
+    assert f"continued  {last}: after epoch 1, step 2" in (tmp_path / "train.log").read_text()
+    with pytest.raises(ConfigError, match=rf"trainer\.max_epochs=1: {last} has 2 already"):
+        said(1)
 
 
 def test_a_run_without_the_best_checkpoint_ends_with_the_last(compose, tmp_path):

@@ -77,3 +77,27 @@ def test_the_first_process_alone_is_profiled(compose, monkeypatch, rank, profile
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     cfg = compose("train", "profiler=simple", "trainer.accelerator=cpu", "logger=none")
     assert isinstance(setup.make_trainer(cfg).profiler, SimpleProfiler) == profiles
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.precision=fp16", r"trainer\.precision=fp16: Precision 'fp16' is invalid"),
+        ("trainer.accelerator=gpu", r"trainer\.accelerator=gpu: No supported gpu backend found"),
+        ("trainer.accelerator=foo", r"trainer\.accelerator=foo: .* invalid accelerator name"),
+        ("trainer.strategy=foo", r"trainer\.strategy=foo: .* invalid strategy name"),
+        ("trainer.devices=foo", r"trainer\.devices=foo: .* an int > 0"),
+    ],
+)
+def test_what_lightning_cannot_use_is_named(compose, monkeypatch, override, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        setup.make_trainer(compose("train", "logger=none", override))
+
+
+@pytest.mark.parametrize("epochs", ["abc", "0", "1.5", "null"])
+def test_a_number_of_epochs_that_cannot_be_is_named(compose, epochs):
+    cfg = compose("train", f"trainer.max_epochs={epochs}")
+    given = cfg.trainer.max_epochs
+    with pytest.raises(ValueError, match=f"trainer.max_epochs={given}: expected an integer, at l"):
+        setup.set_up_torch(cfg)

@@ -32,6 +32,13 @@ def test_the_classifier_comes_back_with_its_weights_and_settings(checkpoint):
     )
 
 
+def test_the_epochs_and_steps_that_are_done_are_known(checkpoint, tmp_path):
+    content = torch.load(checkpoint[0], weights_only=True)
+    torch.save({**content, "global_step": 7, "ImageDataModule": {"epoch": 2}}, tmp_path / "x.ckpt")
+    run = TrainedRun.read(tmp_path / "x.ckpt")
+    assert (run.epochs, run.steps) == (2, 7)
+
+
 def test_the_data_keeps_its_arguments_but_those_given_now(checkpoint):
     settings = TrainedRun.read(checkpoint[0]).data({"batch_size": 7}).settings
     assert (settings.name, settings.batch_size, settings.mixup) == ("digits", 7, None)

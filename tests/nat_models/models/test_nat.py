@@ -46,12 +46,30 @@ def test_stochastic_depth_rises_linearly_to_the_published_rate(name, rate):
         ({"num_heads": (2, 4)}, "num_heads needs one entry a stage"),
         ({"kernel_size": (7, 5)}, "kernel_size needs one entry a stage"),
         ({"dilations": [[1, 1], [1], [1], [1]]}, "dilations needs one entry a block"),
+        (
+            {"dilations": [1, 2]},
+            r"dilations needs one entry a block, in a list a stage, got .*1, 2",
+        ),
+        (
+            {"dilations": 2},
+            r"dilations needs one entry a block, in a list a stage, got dilations=2",
+        ),
         ({"dilations": "magic"}, "magic"),
         ({"patch_size": 3}, "patch_size must be 4, 2 or 1"),
         ({"attention_backend": "magic"}, "magic"),
         ({"drop_path_rate": 1.5}, r"drop_path=1\.\d+"),
     ],
-    ids=["heads", "kernel", "dilations", "dilations-name", "patch", "backend", "drop-path"],
+    ids=[
+        "heads",
+        "kernel",
+        "dilations",
+        "flat",
+        "number",
+        "dilations-name",
+        "patch",
+        "backend",
+        "drop-path",
+    ],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
