@@ -139,7 +139,7 @@ def _tell_origin(output: Path, cfg: DictConfig, resumed: TrainedRun | None) -> N
             _log.info("ckpt=auto: %s holds no last.ckpt, a new run begins", output)
         return
     path, epochs = resumed.path, resumed.epochs
-    _log.info("%-10s %s: after epoch %d, step %d", "continued", path, epochs, resumed.steps)
+    _log.info("%-10s %s: after %d epochs, %d steps", "continued", path, epochs, resumed.steps)
     if epochs == cfg.trainer.max_epochs:
         message = "%s has its trainer.max_epochs=%d already; to train on, raise trainer.max_epochs"
         _log.warning(message, path, epochs)

@@ -198,11 +198,11 @@ def test_a_run_that_is_continued_says_from_where(compose, tmp_path, caplog):
     assert f"ckpt=auto: {tmp_path} holds no last.ckpt, a new run begins" in said(1)
     finished = f"{last} has its trainer.max_epochs=1 already; to train on, raise"
     assert finished in (again := said(1))
-    assert f"continued  {last}: after epoch 1, step 2" in again
+    assert f"continued  {last}: after 1 epochs, 2 steps" in again
     further = said(2)
-    assert f"continued  {last}: after epoch 1, step 2" in further
+    assert f"continued  {last}: after 1 epochs, 2 steps" in further
     assert "already" not in further
-    assert f"continued  {last}: after epoch 1, step 2" in (tmp_path / "train.log").read_text()
+    assert f"continued  {last}: after 1 epochs, 2 steps" in (tmp_path / "train.log").read_text()
     with pytest.raises(ConfigError, match=rf"trainer\.max_epochs=1: {last} has 2 already"):
         said(1)
 
