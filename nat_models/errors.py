@@ -1,8 +1,9 @@
 """Bad input, told apart from faults of the program."""
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra.errors import InstantiationException
@@ -54,3 +55,9 @@ def faults_of_the_machine() -> Iterator[None]:
 
 class RunStopped(RuntimeError):
     """A run cannot go on, by no fault of the program; the message tells what is left of it."""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a message on an unknown word: the known ones like it; empty where none is."""
+    near = difflib.get_close_matches(word, known)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,8 +1,8 @@
 """Names of models."""
 
-import difflib
-
 import timm
+
+from nat_models.errors import did_you_mean
 
 
 def check_model_name(key: str, name: str) -> None:
@@ -13,6 +13,5 @@ def check_model_name(key: str, name: str) -> None:
         name: Registered name, with or without a tag.
     """
     if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(name, timm.list_models())
         raise ValueError(f"{key}={name}: timm has no such model{hint}")

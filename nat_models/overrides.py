@@ -1,6 +1,5 @@
 """A command's arguments, checked before Hydra takes them: a mistake is one line with a hint."""
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from nat_models.errors import ConfigError
+from nat_models.errors import ConfigError, did_you_mean
 
 
 def check_overrides(config_dir: str, config_name: str, overrides: list[str]) -> None:
@@ -50,8 +49,7 @@ def _explain(error: CompactHydraException, overrides: list[str], known: DictConf
     own = OmegaConf.masked_copy(known, [str(key) for key in known if key != "hydra"])
     key = given.partition("=")[0]
     keys = {*known.hydra.runtime.choices, *_keys(OmegaConf.to_container(own))} - {key}
-    near = difflib.get_close_matches(key, sorted(keys))
-    return f"{given}: no such key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    return f"{given}: no such key{did_you_mean(key, sorted(keys))}"
 
 
 def _is_unknown(error: CompactHydraException) -> bool:

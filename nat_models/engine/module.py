@@ -20,9 +20,10 @@ from nat_models.engine.building import (
     checkpoint_activations,
     freeze_all_but_classifier,
 )
-from nat_models.engine.execution import GRAPHS, Execution
+from nat_models.engine.execution import Execution
 from nat_models.engine.non_finite import clip_or_skip
 from nat_models.engine.optimization import create_optimizer, lay_out_as_weights, parameters_of
+from nat_models.engine.replicas import replays_graphs
 from nat_models.engine.sharding import shard
 
 Batch = tuple[Tensor, Tensor]
@@ -163,7 +164,7 @@ class Classifier(LightningModule):
         """
         cooldown = self.scheduler_args.get("cooldown_epochs", 0)
         # Other types are left to timm, which refuses them.
-        if isinstance(epochs, int) and isinstance(cooldown, int) and epochs <= cooldown:
+        if isinstance(cooldown, int) and epochs <= cooldown:
             raise ValueError(
                 f"trainer.max_epochs={epochs}: expected more than "
                 f"scheduler.cooldown_epochs={cooldown}"
@@ -206,7 +207,7 @@ class Classifier(LightningModule):
 
     @property
     def _adds_up_replays(self) -> bool:
-        return self.execution.mode == GRAPHS and self.trainer.accumulate_grad_batches > 1
+        return replays_graphs(self) and self.trainer.accumulate_grad_batches > 1
 
     def configure_gradient_clipping(
         self,
